@@ -1,0 +1,1 @@
+"""The library behind Strata: data, tokens, model, training, evaluation, artifacts, tracking. Knows no Prefect."""
