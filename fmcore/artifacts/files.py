@@ -1,0 +1,96 @@
+"""Durable files and their digests: atomic writes, flushes to disk, sha256 with a cache."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value that is hashed: sorted keys, no blanks, UTF-8 as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of the text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and the folder itself."""
+    for path in sorted(folder.rglob("*")):
+        fsync_path(path)
+    fsync_path(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, flush, rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_path(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class DigestCache:
+    """Remembers a file's sha256 by path, size and mtime, so that a second look costs a stat.
+
+    `rehash=True` mistrusts what is remembered and reads every file again.
+    """
+
+    def __init__(self, path: Path, *, rehash: bool = False) -> None:
+        self._path = path
+        self._entries: dict[str, list[Any]] = {}
+        self._dirty = False
+        if not rehash and path.exists():
+            try:
+                self._entries = read_json(path)
+            except ValueError:
+                self._entries = {}  # a cache cut short by a crash is only slower, never wrong
+
+    def sha256(self, path: Path) -> str:
+        """The file's digest, from the cache where size and mtime still match."""
+        stat = path.stat()
+        known = self._entries.get(str(path))
+        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(known[2])
+        digest = sha256_file(path)
+        self._entries[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+        self._dirty = True
+        return digest
+
+    def save(self) -> None:
+        """Keep what was learnt for the next process."""
+        if self._dirty:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._entries)
+            self._dirty = False

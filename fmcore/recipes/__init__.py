@@ -1,0 +1,1 @@
+"""Recipes: one YAML file, one frozen pydantic tree, one flow parameter. Loads without torch."""

@@ -1,0 +1,27 @@
+"""The home folder: where artifacts, run records, databases and caches live."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths below STRATA_HOME (default `./.strata`)."""
+
+    home: Path
+
+    @classmethod
+    def current(cls) -> "Workspace":
+        """The home that STRATA_HOME names."""
+        return cls(Path(os.environ.get("STRATA_HOME", ".strata")).expanduser().absolute())
+
+    @property
+    def runs(self) -> Path:
+        """Run records: one JSON file per recipe identity."""
+        return self.home / "runs"
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLFLOW_TRACKING_URI when set, else the home's own database."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home / 'mlflow.db'}"
