@@ -51,8 +51,7 @@ class Store:
 
     def find(self, step: Step, cls: type[ArtifactT]) -> ArtifactT | None:
         """The complete artifact that this step would make, or None."""
-        found = self.find_fingerprint(step.fingerprint, cls)
-        return found
+        return self.find_fingerprint(step.fingerprint, cls)
 
     def find_fingerprint(self, fingerprint: str, cls: type[ArtifactT]) -> ArtifactT | None:
         """The complete artifact of that fingerprint and class, under whatever name it was built."""
@@ -108,7 +107,12 @@ class Store:
             path = self.path_for(step)
             partial = path.with_name(path.name + ".partial")
             _claim(partial, step, keep=resumable)
-            fields = builder(Building(partial, descriptor))
+            try:
+                fields = builder(Building(partial, descriptor))
+            except BaseException:
+                if not resumable:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
             self._complete(step, cls, partial, fields)
             os.replace(partial, path)
             fsync_path(path.parent)
@@ -205,14 +209,15 @@ def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, if it is one."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    """The commit of the checkout this package runs from, if it is one (an installed copy is not)."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    lines = done.stdout.split("\n")
+    return lines[1] if done.returncode == 0 and Path(lines[0]) == root else None
 
 
 @cache

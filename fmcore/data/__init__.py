@@ -1,0 +1,1 @@
+"""Raw data -> Documents: read, normalise, filter, deduplicate, split, write."""

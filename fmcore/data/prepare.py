@@ -1,0 +1,163 @@
+"""The first arrow: raw data -> Documents.
+
+Text is read, normalised, filtered, deduplicated by content and split by content hash; prompt/response
+records likewise, split by group. With a parent, what its weights have seen and what any ancestor held out
+is dropped. Whatever is dropped stays readable, with its reason, in `dropped.parquet`.
+"""
+
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fmcore.artifacts.ancestry import checkpoint_of, documents_of, lineage, start_folder
+from fmcore.artifacts.files import DigestCache, canonical_json
+from fmcore.artifacts.step import Step
+from fmcore.artifacts.store import Building, Fields, Store
+from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.data.dedup import SeenIds
+from fmcore.data.files import find_files
+from fmcore.data.filters import drop_reason
+from fmcore.data.holdout import HoldoutCheck, fraction_of
+from fmcore.data.ledger import FILE_NAME, Ledger
+from fmcore.data.normalize import content_id, normalize
+from fmcore.data.reading import read_source
+from fmcore.data.records import prepare_records, task_identity
+from fmcore.data.tables import DOCUMENTS, DROPPED, TableWriter, read_rows
+from fmcore.errors import DataError
+from fmcore.recipes.fields import Source, TaskData, TextData
+
+CODE_VERSION = 1
+
+
+def documents_step(name: str, data: TextData | TaskData, parent: str | None, digests: DigestCache) -> Step:
+    """What `prepare_documents` would make; reads the sources' bytes for their digests.
+
+    parent: the parent model's fingerprint: it decides which documents are new.
+    """
+    if isinstance(data, TextData):
+        config: dict[str, Any] = {
+            "sources": [_source_identity(s, digests) for s in data.sources],
+            "eval_sources": [_source_identity(s, digests) for s in data.eval_sources],
+            "holdout": data.holdout,
+            "filters": data.filters.model_dump(),
+        }
+    else:
+        config = {"tasks": [task_identity(task, digests) for task in data.tasks]}
+    digests.save()
+    return Step("documents", name, config, {"parent": parent} if parent else {}, CODE_VERSION)
+
+
+def _source_identity(source: Source, digests: DigestCache) -> dict[str, Any]:
+    files = find_files(source.path, field=f"source {source.name}")
+    identity = source.model_dump(exclude={"path", "weight", "max_epochs"})  # those two belong to training
+    return {**identity, "files": sorted(digests.sha256(path) for path in files)}
+
+
+def prepare_documents(step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store) -> Documents:
+    """Build the documents of `step`. Raises DataError for what cannot be read or is too little."""
+    ancestors = Ancestors(store, parent)
+
+    def builder(building: Building) -> Fields:
+        if isinstance(data, TextData):
+            return _prepare_text(building.path, data, ancestors)
+        return prepare_records(building.path, data, ancestors.held_out_ids())
+
+    return store.build(step, Documents, builder)
+
+
+class Ancestors:
+    """What a parent's lineage forbids to train on: documents seen, and documents held out."""
+
+    def __init__(self, store: Store, parent: RegisteredModel | None) -> None:
+        self._documents = [documents_of(store, model) for model in lineage(store, parent)] if parent else []
+        self._ledger = Ledger(start_folder(checkpoint_of(store, parent)) / FILE_NAME) if parent else None
+
+    def held_out_ids(self) -> set[str]:
+        """Ids of every document that an ancestor was evaluated on."""
+        paths = [path for documents in self._documents for path in (documents.path / "heldout").glob("*.parquet")]
+        return {row["id"] for path in paths for row in read_rows(path, ["id"])}
+
+    def has_seen(self, document_id: str) -> bool:
+        """Whether a document's tokens entered a step of the checkpoint that training starts from."""
+        return self._ledger is not None and document_id in self._ledger
+
+
+class _Split:
+    """Writes documents to the side they belong on, and counts them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._writers: dict[tuple[str, str], TableWriter] = {}
+        self._dropped = stack.enter_context(TableWriter(folder / "dropped.parquet", DROPPED))
+        self.read: Counter[str] = Counter()
+        self.kept: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
+        self.dropped: dict[str, Counter[str]] = defaultdict(Counter)
+        self.bytes: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
+
+    def keep(self, side: str, source: str, document_id: str, content: str, metadata: dict[str, Any]) -> None:
+        if (side, source) not in self._writers:
+            writer = TableWriter(self._folder / side / f"{source}.parquet", DOCUMENTS)
+            self._writers[side, source] = self._stack.enter_context(writer)
+        self._writers[side, source].add(
+            id=document_id, source=source, modality="text", content=content, metadata=canonical_json(metadata)
+        )
+        self.kept[side][source] += 1
+        self.bytes[side][source] += len(content.encode())
+
+    def drop(self, source: str, origin: str, reason: str, content: str) -> None:
+        self._dropped.add(
+            source=source, origin=origin, reason=reason, content=content.encode("utf-8", "replace").decode()
+        )
+        self.dropped[source][reason] += 1
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "read": dict(self.read),
+            "train": dict(self.kept["train"]),
+            "heldout": dict(self.kept["heldout"]),
+            "dropped": {source: dict(sorted(reasons.items())) for source, reasons in self.dropped.items()},
+            "train_bytes": dict(self.bytes["train"]),
+            "heldout_bytes": dict(self.bytes["heldout"]),
+        }
+
+
+def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors) -> Fields:
+    with ExitStack() as stack:
+        split = _Split(folder, stack)
+        evaluated = stack.enter_context(SeenIds(folder / "evaluated.sqlite"))
+        kept = stack.enter_context(SeenIds(folder / "kept.sqlite"))
+        held_out = ancestors.held_out_ids()
+        for source in data.eval_sources:
+            _split_source(source, data, split, kept=evaluated, forbidden=lambda _: None, holdout=1.0)
+
+        def forbidden(document_id: str) -> str | None:
+            if document_id in evaluated:
+                return "in_eval_source"
+            if document_id in held_out:
+                return "heldout_by_ancestor"
+            return "seen" if ancestors.has_seen(document_id) else None
+
+        for source in data.sources:
+            _split_source(source, data, split, kept=kept, forbidden=forbidden, holdout=data.holdout)
+        counts = split.counts()
+    if not any(counts["read"].values()):
+        raise DataError("the sources hold no documents: every file is empty")
+    return {"form": "text", "sources": [s.name for s in data.sources], "counts": counts}
+
+
+def _split_source(source: Source, data: TextData, split: _Split, *, kept: SeenIds, forbidden: Any, holdout: float) -> None:
+    check = HoldoutCheck(f"source {source.name}", holdout)
+    for raw in read_source(source):
+        split.read[source.name] += 1
+        content = normalize(raw.text)
+        document_id = content_id(content)
+        duplicate = None if kept.add(document_id) else "duplicate"
+        reason = duplicate or drop_reason(content, data.filters) or forbidden(document_id)
+        if reason:
+            split.drop(source.name, raw.origin, reason, content)
+            continue
+        side = "heldout" if check.is_heldout(fraction_of(document_id)) else "train"
+        split.keep(side, source.name, document_id, content, raw.metadata)
+    check.check(split.kept["heldout"][source.name], setting="data.holdout")

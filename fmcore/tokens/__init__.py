@@ -1,0 +1,1 @@
+"""Documents -> TokenShards, and the order in which training reads them."""
