@@ -1,7 +1,6 @@
 """Walks from a registered model to what it was made of, through the parents its records name."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Checkpoint, Documents, RegisteredModel, TokenShards
@@ -30,7 +29,3 @@ def shards_of(store: Store, model: RegisteredModel) -> TokenShards:
     """The token shards a registered model was trained on, with its tokenizer."""
     return store.get(model.parents["shards"], TokenShards)
 
-
-def start_folder(checkpoint: Checkpoint) -> Path:
-    """Where continuous pre-training starts: the stable weights, or the final ones where there are none."""
-    return checkpoint.stable or checkpoint.final

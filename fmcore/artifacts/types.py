@@ -97,6 +97,19 @@ class Checkpoint(Artifact):
         path = self.path / "stable"
         return path if path.is_dir() else None
 
+    @property
+    def start(self) -> Literal["stable", "final"]:
+        """Which weights continuous pre-training starts from."""
+        return "stable" if self.stable else "final"
+
+    def ledger(self, which: Literal["stable", "final"]) -> Path:
+        """The ids of all documents that these weights have seen, ancestors' included."""
+        return self.path / "ledger" / f"{which}.bin"
+
+    def seen_samples(self, which: Literal["stable", "final"], source: str) -> Path:
+        """Which of this training's own samples of a source these weights have seen, (n,) uint32."""
+        return self.path / "seen" / which / f"{source}.bin"
+
 
 class EvalReport(Artifact):
     """Scores of one model on held-out sets, with per-document values kept for paired comparison.

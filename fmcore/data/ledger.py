@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 ID_TYPE = np.dtype("V16")
-FILE_NAME = "ledger.bin"
 
 
 def pack_ids(ids: Iterable[str]) -> np.ndarray:

@@ -10,16 +10,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fmcore.artifacts.ancestry import checkpoint_of, documents_of, lineage, start_folder
+from fmcore.artifacts.ancestry import checkpoint_of, documents_of, lineage
 from fmcore.artifacts.files import DigestCache, canonical_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
-from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.artifacts.types import Checkpoint, Documents, RegisteredModel
 from fmcore.data.dedup import SeenIds
 from fmcore.data.files import find_files
 from fmcore.data.filters import drop_reason
 from fmcore.data.holdout import HoldoutCheck, fraction_of
-from fmcore.data.ledger import FILE_NAME, Ledger
+from fmcore.data.ledger import Ledger
 from fmcore.data.normalize import content_id, normalize
 from fmcore.data.reading import read_source
 from fmcore.data.records import prepare_records, task_identity
@@ -71,7 +71,7 @@ class Ancestors:
 
     def __init__(self, store: Store, parent: RegisteredModel | None) -> None:
         self._documents = [documents_of(store, model) for model in lineage(store, parent)] if parent else []
-        self._ledger = Ledger(start_folder(checkpoint_of(store, parent)) / FILE_NAME) if parent else None
+        self._ledger = _start_ledger(checkpoint_of(store, parent)) if parent else None
 
     def held_out_ids(self) -> set[str]:
         """Ids of every document that an ancestor was evaluated on."""
@@ -81,6 +81,10 @@ class Ancestors:
     def has_seen(self, document_id: str) -> bool:
         """Whether a document's tokens entered a step of the checkpoint that training starts from."""
         return self._ledger is not None and document_id in self._ledger
+
+
+def _start_ledger(checkpoint: Checkpoint) -> Ledger:
+    return Ledger(checkpoint.ledger(checkpoint.start))
 
 
 class _Split:

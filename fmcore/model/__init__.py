@@ -1,0 +1,1 @@
+"""Models: presets, building, adapters, loading, generation. Leans on transformers and peft."""

@@ -1,0 +1,32 @@
+"""LoRA through peft: put on, and saved in peft's own format."""
+
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from fmcore.errors import RecipeError
+from fmcore.recipes.fields import Lora
+
+
+def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Freeze the model and put trainable low-rank adapters on it; the result equals the base at first."""
+    targets: str | list[str] = lora.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in lora.target_modules.split(",")]
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=targets,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"lora.target_modules: {error}") from error
+
+
+def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; base: the base's name and version."""
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder), safe_serialization=True)
+    readme = folder / "README.md"
+    readme.unlink(missing_ok=True)  # peft's template is empty; the version has a card of its own

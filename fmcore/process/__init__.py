@@ -1,0 +1,1 @@
+"""Child processes: how training and evaluation are started, watched and stopped."""

@@ -1,0 +1,145 @@
+"""The training process: `python -m fmcore.training.child SPEC.json`, in the checkpoint's partial folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fmcore.artifacts.files import read_json, write_json
+from fmcore.data.ledger import ID_TYPE, Ledger, write_ledger
+from fmcore.model.adapters import add_lora, save_adapter
+from fmcore.model.build import build_model, open_model
+from fmcore.process.guard import Heartbeat, Stop, run_main
+from fmcore.tokens.bpe import load_tokenizer
+from fmcore.training.batches import Batches
+from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
+from fmcore.training.loop import train
+from fmcore.training.optimizer import make_adamw
+from fmcore.training.spec import TrainSpec
+
+TARGET_MICRO_TOKENS = 8192
+
+
+def main(path: Path) -> bool:
+    """Train what the spec says; False if interrupted after saving."""
+    stop, heartbeat = Stop(), Heartbeat(path.parent)
+    folder = path.parent
+    spec = TrainSpec.model_validate(read_json(path))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    kept = peek_latest(folder / "latest") or {}
+    threads = prepare_torch(kept.get("threads") or spec.threads)
+    tokenizer = load_tokenizer(spec.tokenizer)
+    model = make_model(spec, tokenizer)
+    trainable = PeftModel if spec.method == "lora" else None
+    trained = add_lora(model, spec.lora) if trainable else model
+    trained.to(pick_device(spec.device))
+    optimizer = make_adamw(trained.named_parameters(), betas=spec.betas, weight_decay=spec.weight_decay)
+    trainee = Trainee(trained, optimizer)
+    state = load_latest(folder / "latest", trainee)
+    if state is None:
+        state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len))
+        if spec.optimizer:
+            trainee.load_optimizer(spec.optimizer)
+    _announce(spec, trained, state)
+    batches = Batches(spec, pad_id=pad_id(tokenizer))
+    if not train(spec, folder, model, trainee, batches, state, stop, heartbeat):
+        print(f"stopped after step {state.step}, saved")
+        return False
+    write_final(spec, folder, trained, tokenizer, batches, state)
+    return True
+
+
+def make_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Fresh weights, or those to start from."""
+    if spec.weights is None:
+        return build_model(spec.model or {}, tokenizer, spec.seq_len, spec.seed)
+    return open_model(spec.weights)
+
+
+def prepare_torch(threads: int) -> int:
+    """Fix what the bits of the result depend on; returns the number of threads."""
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    return threads
+
+
+def pick_device(device: str) -> torch.device:
+    """auto takes a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of padding; it is never in the loss, so eos will do where there is none."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _announce(spec: TrainSpec, model: torch.nn.Module, state: TrainState) -> None:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    start = f"resuming after step {state.step}" if state.step else "starting"
+    print(
+        f"{start}: {total:,} parameters, {trainable:,} trained ({spec.method}); {spec.schedule.num_steps:,} steps of "
+        f"{spec.batch_samples * spec.seq_len:,} tokens; {state.threads} threads, micro-batch {state.micro_batch}",
+        flush=True,
+    )
+
+
+def write_final(
+    spec: TrainSpec,
+    folder: Path,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    state: TrainState,
+) -> None:
+    """Export the final weights, the ledgers and the summary; drop what only a resume needs."""
+    final = folder / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    if isinstance(model, PeftModel):
+        save_adapter(model, final / "adapter", spec.base)
+        write_json(final / "strata.json", {"base": spec.base, "method": "lora"})
+    else:
+        model.config.use_cache = True  # generation wants its cache; only training must not have one
+        model.save_pretrained(str(final), safe_serialization=True)
+    tokenizer.save_pretrained(str(final))
+    write_ledgers(spec, folder, batches)
+    summary = {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "num_steps": state.step,
+        "num_tokens": state.tokens,
+        "train_seconds": state.seconds,
+        "final_loss": state.smoothed_loss,
+    }
+    write_json(folder / "summary.json", summary)
+
+
+def write_ledgers(spec: TrainSpec, folder: Path, batches: Batches) -> None:
+    """What each kept set of weights has seen: its own samples per source, and all documents, ancestors' included."""
+    steps = {"final": spec.schedule.num_steps}
+    if (folder / "stable").exists() and spec.schedule.stable_step is not None:
+        steps["stable"] = spec.schedule.stable_step
+    before = Ledger(spec.ledger).ids if spec.ledger else np.empty(0, dtype=ID_TYPE)
+    for which, num_steps in steps.items():
+        ids = [np.asarray(before)]
+        for source, numbers in batches.seen_samples(num_steps):
+            ids.append(source.samples.stream.ids[source.samples.documents(numbers)])
+            if source.member.own:
+                path = folder / "seen" / which / f"{source.member.source}.bin"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                numbers.astype(np.uint32).tofile(path)
+        (folder / "ledger").mkdir(exist_ok=True)
+        write_ledger(folder / "ledger" / f"{which}.bin", np.concatenate(ids))
+
+
+if __name__ == "__main__":
+    run_main(main)

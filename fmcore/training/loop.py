@@ -1,0 +1,115 @@
+"""The training loop, for every stage: read it top to bottom."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fmcore.errors import TrainingError
+from fmcore.model.build import decoder_of
+from fmcore.process.guard import Heartbeat, Stop
+from fmcore.training.batches import Batch, Batches
+from fmcore.training.checkpoint import Trainee, TrainState, save_latest, write_state
+from fmcore.training.loss import next_token_loss
+from fmcore.training.metrics import MetricsLog
+from fmcore.training.spec import TrainSpec
+
+SMOOTHING = 0.95  # of the loss that progress shows
+
+
+def train(
+    spec: TrainSpec,
+    folder: Path,
+    model: PreTrainedModel,
+    trainee: Trainee,
+    batches: Batches,
+    state: TrainState,
+    stop: Stop,
+    heartbeat: Heartbeat,
+) -> bool:
+    """Train from `state` to the end; False if stopped before it, after saving.
+
+    Killed at any moment and started again, it ends in the same bits: the batch, the rate and the random
+    state of a step follow from its number alone, and all else is in the saved state.
+    """
+    device = next(model.parameters()).device
+    head = model.get_output_embeddings().weight
+    parameters = list(trainee.parameters.values())
+    num_steps = spec.schedule.num_steps
+    log = MetricsLog(folder / "metrics.jsonl", state.step)
+    last_save = time.monotonic()
+    model.train()
+
+    while state.step < num_steps:
+        if state.step == spec.schedule.stable_step:
+            write_state(folder / "stable", trainee, state)
+        if stop.requested:
+            save_latest(folder / "latest", trainee, state)
+            return False
+
+        # step
+        start = time.perf_counter()
+        torch.manual_seed(step_seed(spec.seed, state.step))
+        batch = batches.at(state.step)
+        lr = spec.schedule.lr(state.step)
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for micro in micro_batches(batch, state.micro_batch, device):
+            hidden = decoder_of(model)(
+                input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False
+            ).last_hidden_state  # (B, T, D); no attention mask: with one, packed documents would leak
+            part = next_token_loss(hidden, head, micro.labels, max(1, batch.num_labels))
+            part.backward()
+            loss += part.detach()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.grad_clip))
+        value = float(loss)
+        if not (math.isfinite(value) and math.isfinite(grad_norm)):
+            raise TrainingError(
+                f"step {state.step}: loss is {value}, gradient norm {grad_norm}. Training cannot go on from "
+                f"here; lower train.lr (now {spec.schedule.peak_lr:g}) and run again"
+            )
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+
+        # log
+        seconds = time.perf_counter() - start
+        num_tokens = batch.input_ids.numel()
+        state.step += 1
+        state.tokens += num_tokens
+        state.seconds += seconds
+        smoothed = state.smoothed_loss
+        state.smoothed_loss = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
+        log.write(
+            {
+                "step": state.step, "tokens": state.tokens, "loss": value, "lr": lr, "grad_norm": grad_norm,
+                "tokens_per_sec": num_tokens / seconds, "time": time.time(), "sources": batch.sources,
+            }
+        )  # fmt: skip
+        heartbeat.beat()
+
+        # save
+        if time.monotonic() - last_save >= spec.save_interval_s and state.step < num_steps:
+            save_latest(folder / "latest", trainee, state)
+            last_save = time.monotonic()
+    log.close()
+    return True
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The random seed of a step, so that no generator's state needs to be carried along."""
+    return (seed * 1_000_003 + step) % (1 << 63)
+
+
+def micro_batches(batch: Batch, size: int, device: torch.device) -> list[Batch]:
+    """Cut a step's rows into pieces of `size` rows, on the device."""
+    return [
+        batch._replace(
+            input_ids=batch.input_ids[i : i + size].to(device),
+            labels=batch.labels[i : i + size].to(device),
+            position_ids=batch.position_ids[i : i + size].to(device),
+        )
+        for i in range(0, len(batch.input_ids), size)
+    ]

@@ -1,0 +1,41 @@
+"""AdamW with the usual parameter groups, and its state as plain named tensors."""
+
+from collections.abc import Iterable
+
+import torch
+
+STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
+
+
+def make_adamw(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], *, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: weight decay on matrices, none on norms and biases."""
+    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """`<parameter>/<state>` -> tensor."""
+    return {
+        f"{names[parameter]}/{key}": state[key].contiguous()
+        for parameter, state in optimizer.state.items()
+        for key in STATE_NAMES
+    }
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put saved state back; parameters that had no state yet get none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            state = {key: tensors[f"{name}/{key}"].clone() for key in STATE_NAMES if f"{name}/{key}" in tensors}
+            if state:
+                device = parameter.device
+                optimizer.state[parameter] = {key: tensor.to(device) for key, tensor in state.items()}

@@ -1,0 +1,281 @@
+"""The third arrow: TokenShards -> Checkpoint.
+
+Turns a stage's recipe into the spec of one training, and runs it in a process of its own. Stages differ by
+the spec alone: where the weights come from, which pools of samples are drawn, which rate.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from fmcore.artifacts.ancestry import checkpoint_of, lineage, shards_of
+from fmcore.artifacts.files import read_json, write_json
+from fmcore.artifacts.step import Step
+from fmcore.artifacts.store import Building, Fields, Store
+from fmcore.artifacts.types import Checkpoint, RegisteredModel, TokenShards
+from fmcore.errors import DataError, RecipeError, TrainingError
+from fmcore.model.presets import model_fields
+from fmcore.model.weights import Weights, final_weights, start_weights
+from fmcore.process.launch import Child, TrainingRefused
+from fmcore.recipes.fields import Execution, Lora, Optimization, Source
+from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, PretrainRecipe, StageRecipe
+from fmcore.tokens.order import Pool, slots_for
+from fmcore.tokens.samples import num_windows
+from fmcore.training.metrics import FILE_NAME as METRICS
+from fmcore.training.schedule import Schedule
+from fmcore.training.spec import Member, PoolSpec, TrainSpec
+
+CODE_VERSION = 1
+REWARM_FRACTION = 0.01  # of the steps, where no stable checkpoint can be reached (Ibrahim et al. 2024)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from. peak_lr: the parent's stable rate, 0 where it has none."""
+
+    weights: Weights | None
+    optimizer: Path | None
+    ledger: Path | None
+    seq_len: int
+    batch_tokens: int
+    peak_lr: float
+    warmup_fraction: float
+
+
+def checkpoint_step(recipe: StageRecipe, shards: str, parent: str | None) -> Step:
+    """What `train_checkpoint` would make. shards, parent: fingerprints."""
+    config: dict[str, Any] = {"train": recipe.train.model_dump(), "seed": recipe.seed}
+    if isinstance(recipe, FinetuneRecipe):
+        config["train"]["lr"] = recipe.lr
+        config["method"] = recipe.method
+        if recipe.method == "lora":
+            config["lora"] = recipe.lora.model_dump()
+    else:
+        config["sources"] = {s.name: {"weight": s.weight, "max_epochs": s.max_epochs} for s in recipe.data.sources}
+    if isinstance(recipe, PretrainRecipe):
+        config["model"] = model_fields(recipe.model)
+    if isinstance(recipe, ContinueRecipe):
+        config["replay"] = recipe.replay.model_dump()
+    parents = {"shards": shards, **({"parent": parent} if parent else {})}
+    return Step("checkpoint", recipe.name, config, parents, CODE_VERSION)
+
+
+def train_checkpoint(
+    step: Step,
+    shards: TokenShards,
+    recipe: StageRecipe,
+    parent: RegisteredModel | None,
+    store: Store,
+    *,
+    on_line: Callable[[str], None] = print,
+    on_start: Callable[[Path, TrainSpec], None] = lambda folder, spec: None,
+    on_poll: Callable[[], None] = lambda: None,
+) -> Checkpoint:
+    """Train in a child process, or go on where an earlier attempt was stopped.
+
+    on_line: takes the child's log. on_start: told the folder with metrics.jsonl and the spec. on_poll: called
+    a few times a second. Raises Interrupted after a save on request, TrainingError when all retries failed.
+    """
+    store.check(shards)
+    spec = make_spec(shards, recipe, parent, store)
+
+    def builder(building: Building) -> Fields:
+        write_json(building.path / "spec.json", spec.model_dump(mode="json"))
+        on_start(building.path, spec)
+        _run_with_retries(building, recipe.execution, on_line, on_poll)
+        return _collect(building.path, spec)
+
+    return store.build(step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}"))
+
+
+def _run_with_retries(
+    building: Building, execution: Execution, on_line: Callable[[str], None], on_poll: Callable[[], None]
+) -> None:
+    child = Child(
+        "fmcore.training.child", building.path, lock=building.lock, grace_s=execution.grace_s,
+        hang_timeout_s=execution.hang_timeout_s, threads=execution.threads,
+    )  # fmt: skip
+    for attempt in range(execution.retries + 1):
+        try:
+            child.run(on_line=on_line, on_poll=on_poll)
+            return
+        except TrainingRefused:
+            raise
+        except TrainingError as error:
+            if attempt == execution.retries:
+                raise
+            on_line(f"attempt {attempt + 1} failed, resuming from the last saved state: {error}")
+
+
+def _collect(folder: Path, spec: TrainSpec) -> Fields:
+    summary = read_json(folder / "summary.json")
+    for name in ("latest", "heartbeat", "summary.json", "error.txt"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    counts = {"steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples}
+    return {**summary, "method": spec.method, "counts": counts}
+
+
+def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> TrainSpec:
+    """All that a training does, resolved from recipe, shards and parent. Raises RecipeError, DataError."""
+    start = _start(recipe, parent, store)
+    pools = _pools(shards, recipe, parent, store)
+    seq_len = start.seq_len
+    sizes = tuple(Pool(p.weight, sum(_num_samples(m, seq_len) for m in p.members)) for p in pools)
+    num_samples = _num_slots(recipe.train, sizes, seq_len, default_epochs=2 if isinstance(recipe, FinetuneRecipe) else 1)
+    if start.batch_tokens < seq_len:
+        raise RecipeError(f"train.batch_tokens ({start.batch_tokens}) must hold at least one sequence of {seq_len} tokens")
+    if not isinstance(recipe, FinetuneRecipe):
+        _check_max_epochs(recipe.data.sources, pools, sizes, num_samples, seq_len)
+    batch_samples = start.batch_tokens // seq_len
+    return TrainSpec(
+        seed=recipe.seed,
+        model=model_fields(recipe.model) if isinstance(recipe, PretrainRecipe) else None,
+        weights=start.weights,
+        optimizer=start.optimizer,
+        method=recipe.method if isinstance(recipe, FinetuneRecipe) else "full",
+        lora=recipe.lora if isinstance(recipe, FinetuneRecipe) else Lora(),
+        base=parent.uri if parent else "",
+        tokenizer=shards.tokenizer_path,
+        pools=pools,
+        num_samples=num_samples,
+        batch_samples=batch_samples,
+        seq_len=seq_len,
+        schedule=_schedule(recipe, start, ceil(num_samples / batch_samples)),
+        betas=(recipe.train.beta1, recipe.train.beta2),
+        weight_decay=recipe.train.weight_decay,
+        grad_clip=recipe.train.grad_clip,
+        ledger=start.ledger,
+        device=recipe.execution.device,
+        threads=recipe.execution.threads,
+        micro_batch=recipe.execution.micro_batch,
+        save_interval_s=recipe.execution.save_interval_s,
+    )
+
+
+def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> Start:
+    train = recipe.train
+    if isinstance(recipe, PretrainRecipe):
+        return Start(
+            None, None, None, recipe.train.seq_len, recipe.train.batch_tokens, recipe.train.lr,
+            recipe.train.warmup_fraction,
+        )  # fmt: skip
+    assert parent is not None
+    checkpoint = checkpoint_of(store, parent)
+    inherited = inherited_training(store, parent)
+    if isinstance(recipe, FinetuneRecipe):
+        return Start(
+            final_weights(store, checkpoint), None, checkpoint.ledger("final"),
+            recipe.train.seq_len or inherited["seq_len"], recipe.train.batch_tokens, recipe.lr,
+            recipe.train.warmup_fraction,
+        )  # fmt: skip
+    assert isinstance(train, Optimization)
+    stable = checkpoint.stable
+    return Start(
+        start_weights(store, checkpoint),
+        stable / "optimizer.safetensors" if stable else None,
+        checkpoint.ledger(checkpoint.start),
+        inherited["seq_len"],
+        recipe.train.batch_tokens or inherited["batch_tokens"],
+        recipe.train.lr or inherited["lr"],
+        0 if stable else REWARM_FRACTION,
+    )
+
+
+def inherited_training(store: Store, model: RegisteredModel) -> dict[str, Any]:
+    """seq_len, batch_tokens and peak rate that a model was trained with, as its checkpoint's spec says."""
+    spec = read_json(checkpoint_of(store, model).path / "spec.json")
+    return {
+        "seq_len": spec["seq_len"],
+        "batch_tokens": spec["batch_samples"] * spec["seq_len"],
+        "lr": spec["schedule"]["peak_lr"],
+    }
+
+
+def _pools(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> tuple[PoolSpec, ...]:
+    members = {source: _member(shards, source) for source in shards.sources if shards.num_tokens[source]}
+    if isinstance(recipe, FinetuneRecipe):
+        return (PoolSpec(weight=1.0, members=tuple(members.values())),)
+    weights = {s.name: s.weight for s in recipe.data.sources if s.name in members}
+    if any(weights.values()):
+        new = [PoolSpec(weight=weights[name], members=(member,)) for name, member in members.items()]
+    else:
+        new = [PoolSpec(weight=1.0, members=tuple(members.values()))]
+    if not isinstance(recipe, ContinueRecipe) or recipe.replay.fraction == 0:
+        return tuple(new)
+    assert parent is not None
+    replayed = tuple(_replay_members(store, parent))
+    if not replayed:
+        raise DataError(f"replay.fraction: what {parent.uri} was trained on is not known here; set it to 0")
+    fraction = recipe.replay.fraction
+    total = sum(pool.weight for pool in new)
+    scaled = [pool.model_copy(update={"weight": pool.weight / total * (1 - fraction)}) for pool in new]
+    return (*scaled, PoolSpec(weight=fraction, members=replayed))
+
+
+def _member(shards: TokenShards, source: str) -> Member:
+    return Member(shards=shards.path, source=source, label=source, form=shards.form, vocab_size=shards.vocab_size)
+
+
+def _replay_members(store: Store, parent: RegisteredModel) -> Iterator[Member]:
+    """What the starting weights have seen, sample by sample, back through the whole lineage."""
+    for model in lineage(store, parent):
+        checkpoint, shards = checkpoint_of(store, model), shards_of(store, model)
+        if shards.form != "text":
+            continue  # records replay in fine-tuning, not in a base
+        store.check(shards)
+        for source in shards.sources:
+            subset = checkpoint.seen_samples(checkpoint.start, source)
+            if subset.exists() and subset.stat().st_size:
+                label = f"replay/{source}"
+                yield _member(shards, source).model_copy(update={"subset": subset, "label": label, "own": False})
+
+
+def _num_samples(member: Member, seq_len: int) -> int:
+    if member.subset:
+        return member.subset.stat().st_size // 4
+    if member.form == "records":
+        return (member.shards / member.source / "plan_offsets.bin").stat().st_size // 4 - 1
+    width = 2 if member.vocab_size <= 1 << 16 else 4
+    return num_windows((member.shards / member.source / "tokens.bin").stat().st_size // width, seq_len)
+
+
+def _num_slots(train: Optimization, pools: tuple[Pool, ...], seq_len: int, *, default_epochs: float) -> int:
+    """Sample slots in the run: as many as `tokens` fill, or as the passes over the first pool need."""
+    if train.tokens:
+        return max(1, train.tokens // seq_len)
+    return slots_for(pools, 0, max(1, round((train.epochs or default_epochs) * pools[0].num_samples)))
+
+
+def _check_max_epochs(
+    sources: list[Source], pools: tuple[PoolSpec, ...], sizes: tuple[Pool, ...], num_samples: int, seq_len: int
+) -> None:
+    limits = {s.name: s.max_epochs for s in sources if s.max_epochs}
+    total = sum(pool.weight for pool in pools)
+    for pool, size in zip(pools, sizes, strict=True):
+        epochs = num_samples * pool.weight / total / max(1, size.num_samples)
+        for member in pool.members:
+            if member.own and epochs > limits.get(member.source, epochs) + 1e-3:
+                raise RecipeError(
+                    f"source {member.source}: the run would repeat it {epochs:.2f} times, its max_epochs is "
+                    f"{limits[member.source]:g}; lower train.tokens or the source's weight, or add data"
+                )
+
+
+def _schedule(recipe: StageRecipe, start: Start, num_steps: int) -> Schedule:
+    kind = "wsd" if isinstance(recipe, ContinueRecipe) else recipe.train.schedule
+    return Schedule(
+        kind=kind,
+        peak_lr=start.peak_lr,
+        num_steps=num_steps,
+        warmup_steps=ceil(start.warmup_fraction * num_steps),
+        decay_steps=max(1, round(recipe.train.decay_fraction * num_steps)),
+    )
+
+
+def metrics_path(folder: Path) -> Path:
+    """metrics.jsonl of a checkpoint, finished or in the making."""
+    return folder / METRICS
