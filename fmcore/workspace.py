@@ -22,6 +22,11 @@ class Workspace:
         return self.home / "runs"
 
     @property
+    def own_tracking_uri(self) -> str:
+        """The home's own MLflow database."""
+        return f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
     def tracking_uri(self) -> str:
         """MLFLOW_TRACKING_URI when set, else the home's own database."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home / 'mlflow.db'}"
+        return os.environ.get("MLFLOW_TRACKING_URI") or self.own_tracking_uri

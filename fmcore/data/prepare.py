@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmcore.artifacts.ancestry import checkpoint_of, documents_of, lineage
-from fmcore.artifacts.files import DigestCache, canonical_json
+from fmcore.artifacts.files import DigestCache, canonical_json, sha256_text
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, Documents, RegisteredModel
@@ -165,3 +165,22 @@ def _split_source(source: Source, data: TextData, split: _Split, *, kept: SeenId
         side = "heldout" if check.is_heldout(fraction_of(document_id)) else "train"
         split.keep(side, source.name, document_id, content, raw.metadata)
     check.check(split.kept["heldout"][source.name], setting="data.holdout")
+
+
+def source_rows(documents: Documents, data: TextData | TaskData) -> list[tuple[str, str, str, str]]:
+    """(name, digest, path, context) of each source, for tracking.
+
+    The digest is the sha256 over the sorted sha256s of the source's files, as the documents' identity has them.
+    """
+    if isinstance(data, TaskData):
+        recorded = zip(data.tasks, documents.config["tasks"], strict=True)
+        return [(t.name, _joint_digest(c["path"] + c["eval_path"]), t.path, "training") for t, c in recorded]
+    rows = []
+    for field, context in (("sources", "training"), ("eval_sources", "evaluation")):
+        for source, config in zip(getattr(data, field), documents.config[field], strict=True):
+            rows.append((source.name, _joint_digest(config["files"]), source.path, context))
+    return rows
+
+
+def _joint_digest(digests: list[str]) -> str:
+    return digests[0] if len(digests) == 1 else sha256_text("".join(digests))

@@ -6,6 +6,7 @@ the spec alone: where the weights come from, which pools of samples are drawn, w
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -71,24 +72,28 @@ def train_checkpoint(
     store: Store,
     *,
     on_line: Callable[[str], None] = print,
-    on_start: Callable[[Path, TrainSpec], None] = lambda folder, spec: None,
-    on_poll: Callable[[], None] = lambda: None,
+    watch: Callable[[Path, TrainSpec], AbstractContextManager[Callable[[], None]]] = lambda path, spec: nullcontext(_idle),
 ) -> Checkpoint:
     """Train in a child process, or go on where an earlier attempt was stopped.
 
-    on_line: takes the child's log. on_start: told the folder with metrics.jsonl and the spec. on_poll: called
-    a few times a second. Raises Interrupted after a save on request, TrainingError when all retries failed.
+    on_line: takes the child's log. watch: a context around the training, told where metrics.jsonl grows; what
+    it gives is called a few times a second. Raises Interrupted after a save on request, TrainingError when all
+    retries failed.
     """
     store.check(shards)
     spec = make_spec(shards, recipe, parent, store)
 
     def builder(building: Building) -> Fields:
         write_json(building.path / "spec.json", spec.model_dump(mode="json"))
-        on_start(building.path, spec)
-        _run_with_retries(building, recipe.execution, on_line, on_poll)
+        with watch(building.path / METRICS, spec) as on_poll:
+            _run_with_retries(building, recipe.execution, on_line, on_poll)
         return _collect(building.path, spec)
 
     return store.build(step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}"))
+
+
+def _idle() -> None:
+    """What is called while nobody watches."""
 
 
 def _run_with_retries(
@@ -165,7 +170,7 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
         )  # fmt: skip
     assert parent is not None
     checkpoint = checkpoint_of(store, parent)
-    inherited = inherited_training(store, parent)
+    inherited = inherited_spec(checkpoint)
     if isinstance(recipe, FinetuneRecipe):
         return Start(
             final_weights(store, checkpoint), None, checkpoint.ledger("final"),
@@ -185,9 +190,9 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
     )
 
 
-def inherited_training(store: Store, model: RegisteredModel) -> dict[str, Any]:
-    """seq_len, batch_tokens and peak rate that a model was trained with, as its checkpoint's spec says."""
-    spec = read_json(checkpoint_of(store, model).path / "spec.json")
+def inherited_spec(checkpoint: Checkpoint) -> dict[str, Any]:
+    """seq_len, batch_tokens and peak rate (lr) that a checkpoint was trained with, as its spec says."""
+    spec = read_json(checkpoint.path / "spec.json")
     return {
         "seq_len": spec["seq_len"],
         "batch_tokens": spec["batch_samples"] * spec["seq_len"],
@@ -275,7 +280,3 @@ def _schedule(recipe: StageRecipe, start: Start, num_steps: int) -> Schedule:
         decay_steps=max(1, round(recipe.train.decay_fraction * num_steps)),
     )
 
-
-def metrics_path(folder: Path) -> Path:
-    """metrics.jsonl of a checkpoint, finished or in the making."""
-    return folder / METRICS

@@ -1,0 +1,1 @@
+"""Recipes, the demo, and the command line: everything around the flows."""

@@ -1,0 +1,52 @@
+"""What has to stand in the environment before Prefect or MLflow are imported."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from fmcore.workspace import Workspace
+
+UP_FILE = "up.json"
+
+
+def prepare_environment(workspace: Workspace) -> None:
+    """Point Prefect at the home, keep it quiet, and join a living `strata up` of this home."""
+    workspace.home.mkdir(parents=True, exist_ok=True)
+    os.environ["STRATA_HOME"] = str(workspace.home)
+    defaults = {
+        "PREFECT_HOME": str(workspace.home / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "strata",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if "PREFECT_API_URL" not in os.environ and (address := living_server(workspace)):
+        defaults["PREFECT_API_URL"] = address
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def living_server(workspace: Workspace) -> str | None:
+    """The Prefect API of a `strata up` that serves this home, if its process still lives."""
+    with suppress(OSError, ValueError, KeyError):
+        up = json.loads((workspace.home / UP_FILE).read_text())
+        os.kill(up["pid"], 0)
+        return str(up["prefect_api_url"])
+    return None
+
+
+def addresses(workspace: Workspace) -> list[str]:
+    """Home, Prefect and MLflow, as printed first and last."""
+    from fmcore.tracking.client import shown_uri  # mlflow reads the environment when it is imported
+
+    prefect = os.environ.get("PREFECT_API_URL", f"embedded, on {Path(os.environ['PREFECT_HOME']) / 'prefect.db'}")
+    return [
+        f"home     {workspace.home}",
+        f"prefect  {shown_uri(prefect)}",
+        f"mlflow   {shown_uri(workspace.tracking_uri)}",
+    ]

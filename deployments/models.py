@@ -1,0 +1,125 @@
+"""What the command line does with registered models: list, lineage, generate, evaluate, promote."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deployments.environment import prepare_environment
+from deployments.summary import VERDICT_STYLES, half_width
+from fmcore.artifacts.ancestry import checkpoint_of, documents_of, shards_of
+from fmcore.artifacts.store import Store
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.errors import UserInputError
+from fmcore.recipes.fields import Evaluation, Execution
+from fmcore.workspace import Workspace
+
+
+def _open() -> tuple[Workspace, Store, Any]:
+    """Home, store and a connection to its registry."""
+    workspace = Workspace.current()
+    prepare_environment(workspace)
+    from fmcore.tracking.client import connect
+
+    return workspace, Store(workspace.home), connect(workspace.tracking_uri)
+
+
+def _find(store: Store, client: Any, reference: str) -> RegisteredModel:
+    from fmcore.tracking.registry import resolve
+
+    return store.get(resolve(client, reference).fingerprint, RegisteredModel)
+
+
+def print_models(console: Console) -> None:
+    """A table of every version."""
+    _, _, client = _open()
+    from fmcore.tracking.registry import list_models
+
+    rows = list_models(client)
+    if not rows:
+        console.print("No models yet: `strata run` a pretrain recipe.")
+        return
+    table = Table("version", "stage", "verdict", "aliases", "parent", "fingerprint", "created")
+    for row in rows:
+        style = VERDICT_STYLES.get(row.verdict, "dim")
+        table.add_row(
+            f"{row.model}/{row.version}", row.stage, f"[{style}]{row.verdict or 'undecided'}[/]",
+            ", ".join(f"@{alias}" for alias in row.aliases), row.parent, row.fingerprint[:8],
+            f"{row.created:%Y-%m-%d %H:%M}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_lineage(reference: str, console: Console, *, as_json: bool) -> None:
+    """The tree from a version down to its source files, and what was made from it."""
+    _, store, client = _open()
+    from fmcore.tracking.lineage import as_rich, children, lineage_tree
+    from fmcore.tracking.registry import resolve
+
+    ref = resolve(client, reference)
+    tree = lineage_tree(client, ref)
+    made = [child.uri for child in children(client, ref)]
+    if as_json:
+        console.print_json(json.dumps({**tree, "children": made}))
+        return
+    console.print(as_rich(tree))
+    if made:
+        console.print(f"made from it: {', '.join(made)}", highlight=False)
+
+
+def print_generated(
+    reference: str, prompt: str, console: Console, *, tokens: int, temperature: float, top_p: float, seed: int
+) -> None:
+    """The generated text alone, so that it can be piped."""
+    _, store, client = _open()
+    model = _find(store, client, reference)
+    checkpoint, shards = checkpoint_of(store, model), shards_of(store, model)
+    from transformers.utils import logging as transformers_logging
+
+    from fmcore.model.build import open_model
+    from fmcore.model.generate import generate_text
+    from fmcore.model.weights import final_weights
+    from fmcore.tokens.bpe import load_tokenizer
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    text = generate_text(
+        open_model(final_weights(store, checkpoint)).eval(), load_tokenizer(shards.tokenizer_path), prompt,
+        chat=shards.form == "records", max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_evaluation(reference: str, console: Console, *, documents: int, examples: int) -> None:
+    """Every metric that has an interval."""
+    _, store, client = _open()
+    from fmcore.evaluation.evaluate import evaluate_model
+
+    model = _find(store, client, reference)
+    above = model.parents.get("parent")
+    report = evaluate_model(
+        model, documents_of(store, model), store.get(above, RegisteredModel) if above else None,
+        Evaluation(max_documents=documents, max_examples=examples), Execution(), store,
+        on_line=lambda line: console.print(line, style="dim", highlight=False),
+    )  # fmt: skip
+    table = Table("metric", "value", "±", title=model.uri, title_justify="left")
+    for metric, value in report.metrics.items():
+        if f"{metric}_low" in report.metrics:
+            table.add_row(metric, f"{value:.4f}", f"{half_width(report.metrics, metric):.4f}")
+    console.print(table)
+
+
+def promote_model(reference: str, console: Console, *, accept_regression: bool, reason: str) -> None:
+    """Move the champion alias by a person's decision."""
+    workspace, store, client = _open()
+    from fmcore.tracking.promote import promote
+
+    if not accept_regression or not reason.strip():
+        raise UserInputError(
+            "promoting a version that the gate did not promote takes --accept-regression and --reason TEXT: its "
+            "losses become the level that later versions are measured from"
+        )
+    model = _find(store, client, reference)
+    promote(client, model, reason, lock=store.root / "model" / ".locks" / f"champion-{model.model}")
+    console.print(f"{model.uri} is champion of {model.model}: {reason}", highlight=False)

@@ -1,0 +1,158 @@
+"""`strata run`: print what is done already, or run the recipe's flow and show how it goes."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from deployments.environment import addresses, prepare_environment
+from deployments.summary import reasons, stage_table
+from fmcore.artifacts.store import Store
+from fmcore.artifacts.types import ARTIFACT_TYPES, RegisteredModel
+from fmcore.errors import Interrupted
+from fmcore.recipes.stages import LifecycleRecipe, Recipe
+from fmcore.training.progress import Progress as TrainingProgress
+from fmcore.workspace import Workspace
+
+REFUSED = 3
+ACCEPTED_VERDICTS = ("FIRST", "PROMOTE")
+
+
+def run_recipe(recipe: Recipe, console: Console, *, fresh: bool = False) -> int:
+    """Run a recipe to its end; returns the exit code."""
+    workspace = Workspace.current()
+    prepare_environment(workspace)
+    _print_addresses(workspace, console)
+    store = Store(workspace.home)
+    done = None if fresh else finished_models(recipe, workspace, store)
+    if done is not None:
+        console.print("Every step is there already; nothing was started.")
+        return _show(done, store, console)
+    with _stop_on_sigterm(), _logging(console), _progress(console):
+        models = _run_flow(recipe, fresh=fresh)
+    code = _show(models, store, console)
+    _print_addresses(workspace, console)
+    return code
+
+
+def _run_flow(recipe: Recipe, *, fresh: bool) -> list[RegisteredModel]:
+    """Run the flow of the recipe's kind; an empty list where there was no new data."""
+    # Prefect takes seconds to import: only a recipe that has work to do waits for it
+    from flows.continue_pretrain import continue_pretrain
+    from flows.finetune import finetune
+    from flows.lifecycle import lifecycle
+    from flows.pretrain import pretrain
+    from flows.running import starting_fresh
+
+    flows: dict[str, Any] = {f.name: f for f in (pretrain, finetune, continue_pretrain, lifecycle)}
+    try:
+        if fresh:
+            with starting_fresh():
+                result = flows[recipe.kind](recipe)
+        else:
+            result = flows[recipe.kind](recipe)
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped; run the same command again to resume") from error
+    if isinstance(result, list):
+        return result
+    return [result] if result else []
+
+
+def finished_models(recipe: Recipe, workspace: Workspace, store: Store) -> list[RegisteredModel] | None:
+    """What the recipe made, if its every step is done in this home and registry; else None."""
+    from fmcore.planning.resolve import resolve_stage, tracking_uri
+    from fmcore.tracking.client import connect
+    from fmcore.tracking.register import find_registered
+
+    def done(stage: Any) -> RegisteredModel | None:
+        resolved = resolve_stage(stage, workspace, store)
+        if any(store.find_fingerprint(step.fingerprint, ARTIFACT_TYPES[step.kind]) is None for step in resolved.steps):
+            return None
+        client = connect(tracking_uri(stage.execution, workspace))
+        return find_registered(resolved.steps.model, store, client)
+
+    if not isinstance(recipe, LifecycleRecipe):
+        model = done(recipe)
+        return [model] if model else None
+    base = done(recipe.pretrain_recipe())
+    if base is None:
+        return None
+    models = [base]
+    for make, parent in ((recipe.finetune_recipe, base), (recipe.continue_recipe, base)):
+        model = done(make(parent=parent.uri))
+        if model is None:
+            return None
+        models.append(model)
+    if models[-1].verdict not in ACCEPTED_VERDICTS:
+        return models
+    last = done(recipe.finetune_recipe(parent=models[-1].uri))
+    return [*models, last] if last else None
+
+
+def _show(models: list[RegisteredModel], store: Store, console: Console) -> int:
+    if not models:
+        console.print("NoNewData: the parent's weights have seen every document of the sources.")
+        return 0
+    console.print(stage_table(models, store))
+    for line in reasons(models):
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0 if all(model.verdict in ACCEPTED_VERDICTS for model in models) else REFUSED
+
+
+def _print_addresses(workspace: Workspace, console: Console) -> None:
+    for line in addresses(workspace):
+        console.print(line, highlight=False, soft_wrap=True, style="dim")
+
+
+@contextmanager
+def _logging(console: Console) -> Iterator[None]:
+    logger = logging.getLogger("strata")
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[None]:
+    """A bar that follows the training of whatever stage runs."""
+    from tasks.context import listening
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def on_progress(state: TrainingProgress) -> None:
+            if state.name not in bars:
+                bars[state.name] = progress.add_task(state.name, total=state.num_steps, text="")
+            progress.update(bars[state.name], completed=state.step, total=state.num_steps, text=str(state))
+            if state.step >= state.num_steps:
+                progress.remove_task(bars.pop(state.name))
+
+        with listening(on_progress):
+            yield
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: training saves, and the exit code is 75."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        with suppress(TypeError):
+            signal.signal(signal.SIGTERM, before)
+

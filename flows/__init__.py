@@ -1,0 +1,1 @@
+"""The flows: four recipe kinds over the same five calls."""

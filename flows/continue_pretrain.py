@@ -1,0 +1,23 @@
+"""The continue-pretrain flow: a base and new documents to the base's next version."""
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.recipes.stages import ContinueRecipe
+from flows.stage import run_stage
+
+
+@flow(name="continue-pretrain", flow_run_name="continue-pretrain {recipe.name}")
+def continue_pretrain(recipe: ContinueRecipe) -> RegisteredModel | State[None]:
+    """A base and documents it has not seen to the base's next version.
+
+    Args:
+        recipe: Which base, where new documents appear, how much is replayed, and when it may become champion.
+    """
+    return run_stage(recipe) or no_new_data(recipe)
+
+
+def no_new_data(recipe: ContinueRecipe) -> State[None]:
+    """The state a run ends in when the parent's weights have seen every document there is."""
+    return Completed(name="NoNewData", message=f"{recipe.parent} has seen every document of the sources", data=None)

@@ -1,0 +1,17 @@
+"""The finetune flow: a registered model to a task model."""
+
+from prefect import flow
+
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.recipes.stages import FinetuneRecipe
+from flows.stage import run_stage
+
+
+@flow(name="finetune", flow_run_name="finetune {recipe.name}")
+def finetune(recipe: FinetuneRecipe) -> RegisteredModel | None:
+    """A registered model to a task model.
+
+    Args:
+        recipe: What to train, on what, and when it may become champion.
+    """
+    return run_stage(recipe)

@@ -1,0 +1,36 @@
+"""The lifecycle flow: pretrain, fine-tune, continue, and fine-tune again on the new base."""
+
+from prefect import flow
+
+from fmcore.artifacts.files import canonical_json, sha256_text
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.recipes.stages import LifecycleRecipe
+from flows.continue_pretrain import continue_pretrain
+from flows.finetune import finetune
+from flows.pretrain import pretrain
+from flows.running import running_pipeline
+
+PROMOTED = ("FIRST", "PROMOTE")
+
+
+@flow(name="lifecycle", flow_run_name="lifecycle {recipe.name}")
+def lifecycle(recipe: LifecycleRecipe) -> list[RegisteredModel]:
+    """Pretrain, fine-tune, continue, and fine-tune again, so that the task model follows its base.
+
+    Each stage's parent is what the stage before it made. Where the new base is refused, or there is no new
+    data, the task model stays on the base it has.
+
+    Args:
+        recipe: The three stage recipes, and what they share.
+    """
+    with running_pipeline(recipe, identity=_identity(recipe)):
+        base = pretrain(recipe.pretrain_recipe())
+        tuned = finetune(recipe.finetune_recipe(parent=base.uri))
+        newer = continue_pretrain(recipe.continue_recipe(parent=base.uri))
+        if newer is None or newer.verdict not in PROMOTED:
+            return [model for model in (base, tuned, newer) if model]
+        return [base, tuned, newer, finetune(recipe.finetune_recipe(parent=newer.uri))]
+
+
+def _identity(recipe: LifecycleRecipe) -> str:
+    return sha256_text(canonical_json(recipe.model_dump(mode="json", exclude={"execution"})))

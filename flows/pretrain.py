@@ -1,0 +1,17 @@
+"""The pretrain flow: raw text to a registered base model."""
+
+from prefect import flow
+
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.recipes.stages import PretrainRecipe
+from flows.stage import run_stage
+
+
+@flow(name="pretrain", flow_run_name="pretrain {recipe.name}")
+def pretrain(recipe: PretrainRecipe) -> RegisteredModel | None:
+    """Raw text to a registered base model.
+
+    Args:
+        recipe: What to train, on what, and when it may become champion.
+    """
+    return run_stage(recipe)

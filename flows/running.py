@@ -1,0 +1,101 @@
+"""Around the five calls: what is resolved before them, the MLflow run they share, and how it ends."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from prefect import runtime
+from prefect.exceptions import TerminationSignal
+
+from fmcore.artifacts.store import Store
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.errors import Interrupted
+from fmcore.planning.resolve import resolve_stage, tracking_uri
+from fmcore.planning.runs import RunRecord
+from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
+from fmcore.tracking import names
+from fmcore.tracking.session import StageTracking
+from fmcore.workspace import Workspace
+from tasks.context import Stage, running
+
+STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
+_PIPELINE: ContextVar[str | None] = ContextVar("pipeline", default=None)
+_FRESH: ContextVar[bool] = ContextVar("fresh", default=False)
+
+
+@dataclass
+class StageRecord:
+    """What a stage made, noted for the next run of the same recipe."""
+
+    record: RunRecord
+
+    def made(self, model: RegisteredModel) -> None:
+        """The stage is done."""
+        self.record.finish(model.fingerprint)
+
+
+@contextmanager
+def starting_fresh() -> Iterator[None]:
+    """`--fresh`: stages begun inside forget their unfinished runs."""
+    token = _FRESH.set(True)
+    try:
+        yield
+    finally:
+        _FRESH.reset(token)
+
+
+@contextmanager
+def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, RegisteredModel | None]]:
+    """Resolve a recipe, open its MLflow run, make it the current stage, and end the run with its true status."""
+    workspace = Workspace.current()
+    store = Store(workspace.home)
+    resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get())
+    resolved.record.start(resolved.parent.fingerprint if resolved.parent else None)
+    tracking = StageTracking.start(
+        tracking_uri(recipe.execution, workspace),
+        workspace.home,
+        name=f"{recipe.kind} {recipe.name}",
+        identity=resolved.steps.model.fingerprint,
+        tags={names.STAGE: recipe.kind},
+        parent_run_id=_PIPELINE.get(),
+        record=workspace.runs / f"{resolved.steps.model.fingerprint[:16]}.mlflow.json",
+        recipe=recipe.model_dump(mode="json"),
+    )
+    with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, runtime.flow_run.ui_url)):
+        yield StageRecord(resolved.record), resolved.parent
+
+
+@contextmanager
+def running_pipeline(recipe: LifecycleRecipe, identity: str) -> Iterator[None]:
+    """One MLflow run above those of the stages."""
+    workspace = Workspace.current()
+    tracking = StageTracking.start(
+        tracking_uri(recipe.execution, workspace),
+        workspace.home,
+        name=f"{recipe.kind} {recipe.name}",
+        identity=identity,
+        tags={names.STAGE: recipe.kind},
+        parent_run_id=None,
+        record=workspace.runs / f"{identity[:16]}.mlflow.json",
+        recipe=recipe.model_dump(mode="json"),
+    )
+    token = _PIPELINE.set(tracking.run.run_id if tracking.run else None)
+    try:
+        with _ending(tracking):
+            yield
+    finally:
+        _PIPELINE.reset(token)
+
+
+@contextmanager
+def _ending(tracking: StageTracking) -> Iterator[None]:
+    try:
+        yield
+    except STOPPED:
+        tracking.finish("KILLED")
+        raise
+    except BaseException:
+        tracking.finish("FAILED")
+        raise
+    tracking.finish("FINISHED")

@@ -1,0 +1,167 @@
+"""`strata plan`: hit or miss for each step, which field makes a miss, and what the training will cost."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fmcore.artifacts.ancestry import checkpoint_of
+from fmcore.artifacts.files import read_json
+from fmcore.artifacts.step import Step
+from fmcore.artifacts.store import Store
+from fmcore.artifacts.types import ARTIFACT_TYPES, Artifact, Checkpoint, Documents, RegisteredModel, TokenShards
+from fmcore.data.files import find_files
+from fmcore.model.presets import estimate_parameters, model_fields
+from fmcore.planning.steps import StageSteps
+from fmcore.recipes.fields import TextData
+from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, PretrainRecipe, StageRecipe
+
+BYTES_PER_TOKEN = 3.3  # English text at a vocabulary of 4,096; only until the shards exist
+GEMM_SHARE = 0.5  # of a measured matrix product's rate that a small model's training reaches
+STEP_NAMES = {"documents": "prepare", "shards": "tokenize", "checkpoint": "train", "report": "evaluate", "model": "register"}
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """task: its name in the run graph. done: the artifact is there. because: why it is not."""
+
+    task: str
+    step: Step
+    done: bool
+    because: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training takes. tokens: positions fed; epochs: passes over its own tokens; seconds: about."""
+
+    tokens: int
+    epochs: float
+    parameters: int
+    flops: float
+    seconds: float
+    basis: str
+
+
+def plan_steps(steps: StageSteps, store: Store) -> list[PlannedStep]:
+    """Each step of a stage, done or not, and for a miss the field that differs and its upstream cause."""
+    planned: list[PlannedStep] = []
+    for step in steps:
+        cls = ARTIFACT_TYPES[step.kind]
+        done = store.find(step, cls) is not None
+        because = "" if done else explain_miss(step, list(store.all(cls)), planned)
+        planned.append(PlannedStep(STEP_NAMES[step.kind], step, done, because))
+    return planned
+
+
+def explain_miss(step: Step, others: list[Artifact], before: list[PlannedStep]) -> str:
+    """Why a step is a miss: the fields that differ from the nearest artifact, or the step upstream."""
+    if not others:
+        return f"no {step.kind} yet"
+    nearest = min(others, key=lambda other: len(list(_differences(other, step))))
+    changed = list(_differences(nearest, step))
+    own = [text for role, text in changed if role is None]
+    if own:
+        more = f" (and {len(own) - 3} more)" if len(own) > 3 else ""
+        return f"{'; '.join(own[:3])}{more}, compared with {nearest.name}-{nearest.short}"
+    upstream = [p for p in before if not p.done and p.step.kind in {role for role, _ in changed}]
+    if upstream:
+        return f"{upstream[0].task} will run"
+    if any(role == "parent" for role, _ in changed):
+        return "another parent"
+    return "the code of this step has changed" if not changed else f"other {', '.join(sorted({r for r, _ in changed if r}))}"
+
+
+def _differences(other: Artifact, step: Step) -> Iterator[tuple[str | None, str]]:
+    """(None, field: old -> new) for each setting that differs, (role, "") for each parent that does."""
+    old, new = dict(_flat(other.config)), dict(_flat(step.config))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield None, f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+    for role in sorted(other.parents.keys() | step.parents.keys()):
+        if other.parents.get(role) != step.parents.get(role):
+            yield role, ""
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _flat(child, f"{prefix}.{index}")
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 20 else f"{text[:8]}..."
+
+
+def estimate_cost(recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store) -> Cost:
+    """Tokens, epochs and time of the training, exact where the shards exist, else from the sources' bytes."""
+    shards = store.find(steps.shards, TokenShards)
+    own = sum(shards.num_tokens.values()) if shards else _guess_tokens(recipe, steps, store)
+    train = recipe.train
+    epochs = train.epochs or (0 if train.tokens else (2 if isinstance(recipe, FinetuneRecipe) else 1))
+    tokens = train.tokens or int(epochs * own)
+    if isinstance(recipe, ContinueRecipe):
+        own_share = 1 - recipe.replay.fraction
+        tokens = train.tokens or int(epochs * own / own_share)
+        epochs = tokens * own_share / max(1, own)
+    elif train.tokens:
+        epochs = tokens / max(1, own)
+    parameters = _parameters(recipe, shards, parent, store)
+    flops = 6.0 * parameters * tokens
+    rate, basis = _flops_rate(parameters, store)
+    basis = f"{basis}; {'tokens counted' if shards else 'tokens guessed from bytes'}"
+    return Cost(tokens, epochs, parameters, flops, flops / rate, basis)
+
+
+def _guess_tokens(recipe: StageRecipe, steps: StageSteps, store: Store) -> int:
+    documents = store.find(steps.documents, Documents)
+    if documents and "train_bytes" in documents.counts:
+        return int(sum(documents.counts["train_bytes"].values()) / BYTES_PER_TOKEN)
+    sources = recipe.data.sources if isinstance(recipe.data, TextData) else recipe.data.tasks
+    files = [path for source in sources for path in find_files(source.path, field=source.name)]
+    return int(sum(path.stat().st_size for path in files) / BYTES_PER_TOKEN)
+
+
+def _parameters(recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store) -> int:
+    if isinstance(recipe, PretrainRecipe):
+        vocabulary = shards.vocab_size if shards else recipe.tokenizer.vocab_size
+        return estimate_parameters(model_fields(recipe.model), vocabulary)
+    return checkpoint_of(store, parent).num_parameters if parent else 0
+
+
+def _flops_rate(parameters: int, store: Store) -> tuple[float, str]:
+    """FLOP/s of training here: as the nearest earlier training reached, else from a matrix product."""
+    earlier = [c for c in store.all(Checkpoint) if c.method == "full" and c.train_seconds > 5]
+    if earlier:
+        nearest = min(earlier, key=lambda c: abs(np.log(c.num_parameters / max(1, parameters))))
+        rate = 6.0 * nearest.num_parameters * nearest.num_tokens / nearest.train_seconds
+        return rate, f"at the rate of {nearest.name}-{nearest.short}"
+    return GEMM_SHARE * measure_gemm(), "at half the rate of a matrix product here"
+
+
+def measure_gemm(size: int = 768, repeats: int = 5) -> float:
+    """FLOP/s of an fp32 matrix product, the best of a few."""
+    left = np.ones((size, size), dtype=np.float32)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - start)
+    return float(2 * size**3 / best)
+
+
+def resume_note(steps: StageSteps, store: Store) -> str:
+    """Where an interrupted training would go on, or nothing."""
+    partial = store.path_for(steps.checkpoint)
+    pointer = partial.with_name(partial.name + ".partial") / "latest" / "pointer.json"
+    if not pointer.exists():
+        return ""
+    return f"resumes after step {int(read_json(pointer)['folder'].removeprefix('step-')):,}"

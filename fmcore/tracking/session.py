@@ -1,0 +1,98 @@
+"""One stage's tracking: its MLflow run, which a failing server must not turn into a failing stage.
+
+What a task logs on the way is tried and, where the server fails, warned about once; metrics.jsonl and the
+artifacts keep the truth. Registering needs the server, and says so.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from fmcore.errors import TrackingError
+from fmcore.tracking.client import connect, experiment_id, without_credentials
+from fmcore.tracking.runs import StageRun, Status, start_run
+from fmcore.tracking.uploader import MetricsUploader
+
+logger = logging.getLogger("strata")
+EXPERIMENT = "strata"
+CLOSE_SECONDS = 10.0
+
+
+class StageTracking:
+    """The run of one stage (or of a whole pipeline) while it runs; `run` is None where MLflow is away."""
+
+    def __init__(self, uri: str, client: MlflowClient | None, run: StageRun | None, sent: Path) -> None:
+        self.uri = uri
+        self._client = client
+        self.run = run
+        self._sent = sent
+        self._warned = False
+
+    @classmethod
+    def start(
+        cls, uri: str, home: Path, *, name: str, identity: str, tags: Mapping[str, str], parent_run_id: str | None,
+        record: Path, recipe: Mapping[str, Any],
+    ) -> "StageTracking":  # fmt: skip
+        """Open the run, or go on without one where the server does not answer."""
+        sent = record.with_suffix(".sent.json")
+        try:
+            client = connect(uri)
+            experiment = experiment_id(client, EXPERIMENT, home)
+            run = start_run(
+                client, experiment=experiment, name=name, identity=identity, tags=tags,
+                parent_run_id=parent_run_id, record=record,
+            )  # fmt: skip
+            run.log_recipe(recipe)
+        except TrackingError as error:
+            logger.warning("going on without tracking: %s", error)
+            return cls(uri, None, None, sent)
+        return cls(uri, client, run, sent)
+
+    def log(self, action: Callable[[StageRun], None]) -> None:
+        """Try to log something; a failing server is warned about once."""
+        if self.run is None:
+            return
+        try:
+            action(self.run)
+        except TrackingError as error:
+            if not self._warned:
+                logger.warning("not everything was logged: %s", error)
+            self._warned = True
+
+    def required(self) -> tuple[MlflowClient, StageRun]:
+        """Client and run, for what cannot do without. Raises TrackingError where MLflow is away."""
+        if self._client is None or self.run is None:
+            raise TrackingError(
+                f"the model cannot be registered, since MLflow did not answer when this run began. Everything made "
+                f"so far is kept: start the server ({without_credentials(self.uri)}) and run the same command again"
+            )
+        return self._client, self.run
+
+    @contextmanager
+    def uploading(self, metrics: Path) -> Iterator[None]:
+        """Send metrics.jsonl in the background while the context lasts."""
+        if self.run is None:
+            yield
+            return
+        uploader = MetricsUploader(self.uri, self.run.run_id, metrics, self._sent)
+        try:
+            yield
+        finally:
+            uploader.close(CLOSE_SECONDS)
+
+    def finish(self, status: Status) -> None:
+        """End the run with its true status."""
+        self.log(lambda run: run.finish(status))
+
+    @property
+    def url(self) -> str | None:
+        """The run's page, where the tracking address is a server's."""
+        if self.run is None or not self.uri.startswith("http"):
+            return None
+        return (
+            f"{without_credentials(self.uri)}/#/experiments/{self.run.experiment_id}/runs/{self.run.run_id}"
+        )

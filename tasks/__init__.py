@@ -1,0 +1,1 @@
+"""The five Prefect tasks, each a thin shell over one function of fmcore: typed in, typed out."""

@@ -1,0 +1,23 @@
+"""Task 4: Checkpoint -> EvalReport."""
+
+from prefect import task
+
+from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, RegisteredModel
+from fmcore.evaluation.evaluate import evaluate_checkpoint
+from fmcore.evaluation.spec import SAMPLES_FILE
+from tasks.context import current_stage, finished, logger
+
+
+@task(name="evaluate")
+def evaluate(checkpoint: Checkpoint, documents: Documents, parent: RegisteredModel | None) -> EvalReport:
+    """Score the checkpoint, and its parent beside it, on the stage's own sets and those of its ancestors."""
+    stage = current_stage()
+    recipe = stage.recipe
+    hit = stage.store.find(stage.steps.report, EvalReport)
+    report = hit or evaluate_checkpoint(
+        stage.steps.report, checkpoint, documents, parent, recipe.evaluate, recipe.execution, stage.store,
+        on_line=logger.info,
+    )  # fmt: skip
+    stage.tracking.log(lambda run: run.log_metrics(report.metrics))
+    stage.tracking.log(lambda run: run.log_artifact(report.path / SAMPLES_FILE, "report"))
+    return finished(report, cached=hit is not None)

@@ -1,0 +1,21 @@
+"""Task 1: raw data -> Documents."""
+
+from prefect import task
+
+from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.data.prepare import prepare_documents, source_rows
+from fmcore.recipes.fields import TaskData, TextData
+from tasks.cards import show_counts
+from tasks.context import current_stage, finished
+
+
+@task(name="prepare")
+def prepare(data: TextData | TaskData, parent: RegisteredModel | None) -> Documents:
+    """Read, clean, deduplicate and split; with a parent, keep only what its weights have not seen."""
+    stage = current_stage()
+    hit = stage.store.find(stage.steps.documents, Documents)
+    documents = hit or prepare_documents(stage.steps.documents, data, parent, stage.store)
+    stage.tracking.log(lambda run: run.log_sources(source_rows(documents, data)))
+    stage.tracking.log(lambda run: run.log_counts({k: v for k, v in documents.counts.items() if k != "choices"}))
+    show_counts(documents)
+    return finished(documents, cached=hit is not None)

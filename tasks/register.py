@@ -1,0 +1,25 @@
+"""Task 5: Checkpoint and EvalReport -> RegisteredModel, with a verdict."""
+
+from prefect import task
+
+from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, RegisteredModel
+from fmcore.evaluation.champions import Contender
+from fmcore.tracking.register import find_registered, register_model
+from tasks.cards import show_card
+from tasks.context import current_stage, finished, logger
+
+
+@task(name="register")
+def register(
+    checkpoint: Checkpoint, report: EvalReport, documents: Documents, parent: RegisteredModel | None
+) -> RegisteredModel:
+    """Register the next version with its parent linked, and make it champion where the gate says so."""
+    stage = current_stage()
+    client, run = stage.tracking.required()
+    hit = find_registered(stage.steps.model, stage.store, client)
+    model = hit or register_model(
+        stage.steps.model, Contender(checkpoint, report, documents, parent), stage.recipe, stage.store, client, run,
+        prefect_url=stage.prefect_url, on_line=logger.info,
+    )  # fmt: skip
+    show_card(stage, model, report)
+    return finished(model, cached=hit is not None)
