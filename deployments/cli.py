@@ -23,16 +23,22 @@ console = Console()
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a recipe field, as in train.lr=1e-3.")
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Set a recipe field, as in train.lr=1e-3."),
 ]
-ModelName = Annotated[str, typer.Argument(help="name@alias, name/version, or a name (its champion).", show_default=False)]
+ModelName = Annotated[
+    str, typer.Argument(help="name@alias, name/version, or a name (its champion).", show_default=False)
+]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
     set_: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an unfinished run of this recipe: resolve its parent anew.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Forget an unfinished run of this recipe: resolve its parent anew."),
+    ] = False,
 ) -> None:
     """Run a recipe: pretrain, finetune, continue-pretrain or lifecycle. Interrupted, it resumes.
 
@@ -81,7 +87,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue, or the prompt to answer.")],
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 80,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.", min=0.01, max=1)] = 1.0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the likeliest tokens of this total probability.", min=0.01, max=1),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Generate text with a registered model; a fine-tuned one answers through its chat template.
@@ -109,7 +118,10 @@ def evaluate(
 def promote(
     model: ModelName,
     accept_regression: Annotated[
-        bool, typer.Option("--accept-regression", help="Take the losses; later versions are measured from this one.")
+        bool,
+        typer.Option(
+            "--accept-regression", help="Take the losses; later versions are measured from this one."
+        ),
     ] = False,
     reason: Annotated[str, typer.Option(help="Why; kept with the version.")] = "",
 ) -> None:
@@ -124,7 +136,9 @@ def promote(
 
 @app.command()
 def verify(
-    path: Annotated[Path | None, typer.Argument(help="An artifact's folder; all of the home's without it.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="An artifact's folder; all of the home's without it.")
+    ] = None,
 ) -> None:
     """Read every byte of an artifact, or of all, and compare it with what was recorded."""
     workspace = Workspace.current()
@@ -144,7 +158,9 @@ def verify(
 
 @app.command()
 def up(
-    port: Annotated[int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)] = 4200,
+    port: Annotated[
+        int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)
+    ] = 4200,
 ) -> None:
     """Serve the Prefect and MLflow pages of this home on 127.0.0.1, in the foreground."""
     from deployments.up import serve
@@ -157,7 +173,9 @@ def main() -> None:
     try:
         app()
     except StrataError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(75)

@@ -17,7 +17,7 @@ def print_plan(recipe: Recipe, console: Console) -> None:
     prepare_environment(workspace)
     store = Store(workspace.home)
     if isinstance(recipe, LifecycleRecipe):
-        _print_lifecycle(recipe, workspace, store, console)
+        _print_lifecycle(recipe, store, console)
     else:
         _print_stage(recipe, workspace, store, console)
 
@@ -29,14 +29,11 @@ def _print_stage(recipe: StageRecipe, workspace: Workspace, store: Store, consol
     _print_steps(recipe, resolved.steps, resolved.parent, store, console)
 
 
-def _print_lifecycle(recipe: LifecycleRecipe, workspace: Workspace, store: Store, console: Console) -> None:
+def _print_lifecycle(recipe: LifecycleRecipe, store: Store, console: Console) -> None:
     """Stages whose parent does not exist yet are planned on the fingerprint it will have."""
-    from fmcore.planning.resolve import registry_name, tracking_uri
-
-    registry = registry_name(tracking_uri(recipe.execution, workspace), workspace)
 
     def show(stage: StageRecipe, parent: ParentRef | None) -> StageSteps:
-        steps = stage_steps(stage, parent, store.digests, registry)
+        steps = stage_steps(stage, parent, store.digests)
         found = store.find_fingerprint(parent.fingerprint, RegisteredModel) if parent else None
         _print_steps(stage, steps, found, store, console)
         return steps
@@ -47,11 +44,15 @@ def _print_lifecycle(recipe: LifecycleRecipe, workspace: Workspace, store: Store
     show(recipe.finetune_recipe(parent=newer.model), newer)
 
 
-def _print_steps(recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store, console: Console) -> None:
+def _print_steps(
+    recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store, console: Console
+) -> None:
     from fmcore.planning.explain import estimate_cost, plan_steps, resume_note
 
     on = f" on {parent.uri}" if parent else ""
-    table = Table("step", "artifact", "", "because", title=f"{recipe.kind} {recipe.name}{on}", title_justify="left")
+    table = Table(
+        "step", "artifact", "", "because", title=f"{recipe.kind} {recipe.name}{on}", title_justify="left"
+    )
     planned = plan_steps(steps, store)
     for item in planned:
         name = f"{item.step.name}-{item.step.fingerprint[:8]}"

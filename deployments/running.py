@@ -14,14 +14,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from deployments.environment import addresses, prepare_environment
 from deployments.summary import reasons, stage_table
 from fmcore.artifacts.store import Store
-from fmcore.artifacts.types import ARTIFACT_TYPES, RegisteredModel
+from fmcore.artifacts.types import ACCEPTED, ARTIFACT_TYPES, RegisteredModel
 from fmcore.errors import Interrupted
 from fmcore.recipes.stages import LifecycleRecipe, Recipe
 from fmcore.training.progress import Progress as TrainingProgress
 from fmcore.workspace import Workspace
 
 REFUSED = 3
-ACCEPTED_VERDICTS = ("FIRST", "PROMOTE")
 
 
 def run_recipe(recipe: Recipe, console: Console, *, fresh: bool = False) -> int:
@@ -72,7 +71,10 @@ def finished_models(recipe: Recipe, workspace: Workspace, store: Store) -> list[
 
     def done(stage: Any) -> RegisteredModel | None:
         resolved = resolve_stage(stage, workspace, store)
-        if any(store.find_fingerprint(step.fingerprint, ARTIFACT_TYPES[step.kind]) is None for step in resolved.steps):
+        if any(
+            store.find_fingerprint(step.fingerprint, ARTIFACT_TYPES[step.kind]) is None
+            for step in resolved.steps
+        ):
             return None
         client = connect(tracking_uri(stage.execution, workspace))
         return find_registered(resolved.steps.model, store, client)
@@ -89,7 +91,7 @@ def finished_models(recipe: Recipe, workspace: Workspace, store: Store) -> list[
         if model is None:
             return None
         models.append(model)
-    if models[-1].verdict not in ACCEPTED_VERDICTS:
+    if models[-1].verdict not in ACCEPTED:
         return models
     last = done(recipe.finetune_recipe(parent=models[-1].uri))
     return [*models, last] if last else None
@@ -102,7 +104,7 @@ def _show(models: list[RegisteredModel], store: Store, console: Console) -> int:
     console.print(stage_table(models, store))
     for line in reasons(models):
         console.print(line, highlight=False, soft_wrap=True)
-    return 0 if all(model.verdict in ACCEPTED_VERDICTS for model in models) else REFUSED
+    return 0 if all(model.verdict in ACCEPTED for model in models) else REFUSED
 
 
 def _print_addresses(workspace: Workspace, console: Console) -> None:
@@ -113,7 +115,9 @@ def _print_addresses(workspace: Workspace, console: Console) -> None:
 @contextmanager
 def _logging(console: Console) -> Iterator[None]:
     logger = logging.getLogger("strata")
-    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    handler = RichHandler(
+        console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S"
+    )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -155,4 +159,3 @@ def _stop_on_sigterm() -> Iterator[None]:
     finally:
         with suppress(TypeError):
             signal.signal(signal.SIGTERM, before)
-

@@ -8,7 +8,13 @@ from fmcore.artifacts.ancestry import checkpoint_of, documents_of
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, EvalReport, RegisteredModel
 
-VERDICT_STYLES = {"FIRST": "green", "PROMOTE": "green", "HOLD": "yellow", "INCONCLUSIVE": "yellow", "REJECT": "red"}
+VERDICT_STYLES = {
+    "FIRST": "green",
+    "PROMOTE": "green",
+    "HOLD": "yellow",
+    "INCONCLUSIVE": "yellow",
+    "REJECT": "red",
+}
 
 
 def stage_table(models: Iterable[RegisteredModel], store: Store) -> Table:
@@ -73,7 +79,11 @@ def _lines(metrics: dict[str, float], prefix: str, form: str, *, only_text: bool
     lines = []
     for metric, value in metrics.items():
         name = metric.removeprefix(prefix)
-        if metric.startswith(prefix) and f"{metric}_low" in metrics and (not only_text or f"eval/{name}/bpb" in metrics):
+        if (
+            metric.startswith(prefix)
+            and f"{metric}_low" in metrics
+            and (not only_text or f"eval/{name}/bpb" in metrics)
+        ):
             lines.append(f"{name} {form.format(value)} ±{half_width(metrics, metric):.3f}")
     return lines
 

@@ -3,9 +3,9 @@
 from prefect import flow
 from prefect.states import Completed, State
 
+from flows.stage import run_stage
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.recipes.stages import ContinueRecipe
-from flows.stage import run_stage
 
 
 @flow(name="continue-pretrain", flow_run_name="continue-pretrain {recipe.name}")
@@ -20,4 +20,6 @@ def continue_pretrain(recipe: ContinueRecipe) -> RegisteredModel | State[None]:
 
 def no_new_data(recipe: ContinueRecipe) -> State[None]:
     """The state a run ends in when the parent's weights have seen every document there is."""
-    return Completed(name="NoNewData", message=f"{recipe.parent} has seen every document of the sources", data=None)
+    return Completed(
+        name="NoNewData", message=f"{recipe.parent} has seen every document of the sources", data=None
+    )

@@ -2,9 +2,9 @@
 
 from prefect import flow
 
+from flows.stage import run_stage
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.recipes.stages import FinetuneRecipe
-from flows.stage import run_stage
 
 
 @flow(name="finetune", flow_run_name="finetune {recipe.name}")

@@ -2,15 +2,13 @@
 
 from prefect import flow
 
-from fmcore.artifacts.files import canonical_json, sha256_text
-from fmcore.artifacts.types import RegisteredModel
-from fmcore.recipes.stages import LifecycleRecipe
 from flows.continue_pretrain import continue_pretrain
 from flows.finetune import finetune
 from flows.pretrain import pretrain
 from flows.running import running_pipeline
-
-PROMOTED = ("FIRST", "PROMOTE")
+from fmcore.artifacts.files import canonical_json, sha256_text
+from fmcore.artifacts.types import ACCEPTED, RegisteredModel
+from fmcore.recipes.stages import LifecycleRecipe
 
 
 @flow(name="lifecycle", flow_run_name="lifecycle {recipe.name}")
@@ -27,7 +25,7 @@ def lifecycle(recipe: LifecycleRecipe) -> list[RegisteredModel]:
         base = pretrain(recipe.pretrain_recipe())
         tuned = finetune(recipe.finetune_recipe(parent=base.uri))
         newer = continue_pretrain(recipe.continue_recipe(parent=base.uri))
-        if newer is None or newer.verdict not in PROMOTED:
+        if newer is None or newer.verdict not in ACCEPTED:
             return [model for model in (base, tuned, newer) if model]
         return [base, tuned, newer, finetune(recipe.finetune_recipe(parent=newer.uri))]
 

@@ -1,9 +1,9 @@
 """One stage: prepare -> tokenize -> train -> evaluate -> register. Every kind of recipe runs these five calls."""
 
+from flows.running import running_stage
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.planning.steps import tokenizer_of
 from fmcore.recipes.stages import StageRecipe
-from flows.running import running_stage
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.register import register

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, flush, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write JSON under a temporary name, flush, rename: a reader sees the old file or the new one.
+
+    The temporary name is the process's own, since two may write one file; the last one wins.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
@@ -69,13 +73,14 @@ class DigestCache:
 
     def __init__(self, path: Path, *, rehash: bool = False) -> None:
         self._path = path
-        self._entries: dict[str, list[Any]] = {}
-        self._dirty = False
-        if not rehash and path.exists():
-            try:
-                self._entries = read_json(path)
-            except ValueError:
-                self._entries = {}  # a cache cut short by a crash is only slower, never wrong
+        self._learnt: dict[str, list[Any]] = {}
+        self._entries: dict[str, list[Any]] = {} if rehash else self._read()
+
+    def _read(self) -> dict[str, list[Any]]:
+        try:
+            return dict(read_json(self._path))
+        except (OSError, ValueError):
+            return {}  # without a cache we are only slower, never wrong
 
     def sha256(self, path: Path) -> str:
         """The file's digest, from the cache where size and mtime still match."""
@@ -84,13 +89,12 @@ class DigestCache:
         if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return str(known[2])
         digest = sha256_file(path)
-        self._entries[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
-        self._dirty = True
+        self._entries[str(path)] = self._learnt[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
         return digest
 
     def save(self) -> None:
         """Keep what was learnt for the next process."""
-        if self._dirty:
+        if self._learnt:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._entries)
-            self._dirty = False
+            write_json(self._path, {**self._read(), **self._learnt})
+            self._learnt = {}

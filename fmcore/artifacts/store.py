@@ -14,7 +14,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fmcore.artifacts.files import DigestCache, fsync_path, fsync_tree, read_json, sha256_file, write_json
+from fmcore.artifacts.files import (
+    DigestCache,
+    canonical_json,
+    fsync_path,
+    fsync_tree,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_json,
+)
 from fmcore.artifacts.lock import exclusive
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.types import ARTIFACT_TYPES, Artifact
@@ -135,7 +144,7 @@ class Store:
             "git_commit": git_commit(),
             "packages": package_versions(),
         }
-        write_json(partial / RECORD, record)
+        write_json(partial / RECORD, {**record, "record_sha256": record_digest(record)})
 
     def discard_partial(self, step: Step) -> None:
         """Drop what an interrupted builder of this step left behind."""
@@ -177,11 +186,24 @@ def load(folder: Path, cls: type[ArtifactT]) -> ArtifactT:
     try:
         record = read_json(folder / RECORD)
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{folder / RECORD} cannot be read ({error}); remove the folder {folder}") from error
+        raise IntegrityError(
+            f"{folder / RECORD} cannot be read ({error}); remove the folder {folder}"
+        ) from error
+    if record.get("record_sha256") != record_digest(record):
+        raise IntegrityError(
+            f"{folder / RECORD} is damaged: it does not match its own sha256; remove {folder}"
+        )
     if record.get("kind") != cls.kind:
         raise StoreError(f"{folder} holds {record.get('kind')!r}, expected {cls.kind!r}")
     fields = {name: record[name] for name in cls.model_fields if name in record}
     return cls(path=folder, **fields)
+
+
+def record_digest(record: dict[str, Any]) -> str:
+    """The sha256 of an artifact's record, which the record itself carries as `record_sha256`."""
+    return sha256_text(
+        canonical_json({key: value for key, value in record.items() if key != "record_sha256"})
+    )
 
 
 def load_any(folder: Path) -> Artifact:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Verdict = Literal["FIRST", "PROMOTE", "HOLD", "REJECT", "INCONCLUSIVE"]
+ACCEPTED: tuple[Verdict, ...] = ("FIRST", "PROMOTE")  # the others are refusals: nobody's parent, exit code 3
 
 
 class Artifact(BaseModel):
@@ -125,7 +126,8 @@ class RegisteredModel(Artifact):
     """A version in the model registry, with the verdict it came in with.
 
     model: the registered name; version: its number there; model_id: MLflow's logged model;
-    stage: the recipe kind that made it (or `imported`); reasons: one sentence per compared set.
+    stage: the recipe kind that made it (or `imported`); reasons: one sentence per compared set; predecessor:
+    fingerprint of the champion it was compared with, empty for the first.
     """
 
     kind: ClassVar[str] = "model"
@@ -137,6 +139,7 @@ class RegisteredModel(Artifact):
     method: Literal["full", "lora"]
     verdict: Verdict
     reasons: tuple[str, ...]
+    predecessor: str
 
     @property
     def uri(self) -> str:

@@ -31,6 +31,8 @@ class SeenIds:
     def __enter__(self) -> "SeenIds":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._db.close()
         self._path.unlink()

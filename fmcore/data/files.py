@@ -8,10 +8,8 @@ from typing import BinaryIO, cast
 
 import zstandard
 
+from fmcore.artifacts.files import DigestCache
 from fmcore.errors import DataError
-
-# tar archives, images and the like are no text, whatever folder they lie in
-COMPRESSIONS = {".gz", ".zst"}
 
 
 def find_files(path: str, *, field: str) -> list[Path]:
@@ -32,6 +30,11 @@ def find_files(path: str, *, field: str) -> list[Path]:
         what = "no file matches" if glob.has_magic(path) else "there is no file or folder"
         raise DataError(f"{field}: {what} {path}; relative paths are read from the recipe's folder")
     return files
+
+
+def files_by_digest(path: str, name: str, digests: DigestCache) -> list[tuple[str, Path]]:
+    """(sha256, file) of a source's files in the order of their digests, so that names decide nothing."""
+    return sorted((digests.sha256(file), file) for file in find_files(path, field=f"source {name}"))
 
 
 def open_bytes(path: Path) -> BinaryIO:

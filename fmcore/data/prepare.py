@@ -6,24 +6,25 @@ is dropped. Whatever is dropped stays readable, with its reason, in `dropped.par
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fmcore.artifacts.ancestry import checkpoint_of, documents_of, lineage
+from fmcore.artifacts.ancestry import checkpoint_of, held_out_ids
 from fmcore.artifacts.files import DigestCache, canonical_json, sha256_text
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, Documents, RegisteredModel
 from fmcore.data.dedup import SeenIds
-from fmcore.data.files import find_files
+from fmcore.data.files import files_by_digest
 from fmcore.data.filters import drop_reason
 from fmcore.data.holdout import HoldoutCheck, fraction_of
 from fmcore.data.ledger import Ledger
 from fmcore.data.normalize import content_id, normalize
-from fmcore.data.reading import read_source
+from fmcore.data.reading import RawText, read_source
 from fmcore.data.records import prepare_records, task_identity
-from fmcore.data.tables import DOCUMENTS, DROPPED, TableWriter, read_rows
+from fmcore.data.tables import DOCUMENTS, DROPPED, TableWriter
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source, TaskData, TextData
 
@@ -33,8 +34,10 @@ CODE_VERSION = 1
 def documents_step(name: str, data: TextData | TaskData, parent: str | None, digests: DigestCache) -> Step:
     """What `prepare_documents` would make; reads the sources' bytes for their digests.
 
-    parent: the parent model's fingerprint: it decides which documents are new.
+    parent: fingerprint of the parent's checkpoint: it decides which text documents are new. Records are the
+    same whatever is trained on them.
     """
+    above = {}
     if isinstance(data, TextData):
         config: dict[str, Any] = {
             "sources": [_source_identity(s, digests) for s in data.sources],
@@ -42,26 +45,32 @@ def documents_step(name: str, data: TextData | TaskData, parent: str | None, dig
             "holdout": data.holdout,
             "filters": data.filters.model_dump(),
         }
+        above = {"parent": parent} if parent else {}
     else:
         config = {"tasks": [task_identity(task, digests) for task in data.tasks]}
     digests.save()
-    return Step("documents", name, config, {"parent": parent} if parent else {}, CODE_VERSION)
+    return Step("documents", name, config, above, CODE_VERSION)
 
 
 def _source_identity(source: Source, digests: DigestCache) -> dict[str, Any]:
-    files = find_files(source.path, field=f"source {source.name}")
     identity = source.model_dump(exclude={"path", "weight", "max_epochs"})  # those two belong to training
-    return {**identity, "files": sorted(digests.sha256(path) for path in files)}
+    return {**identity, "files": [digest for digest, _ in files_by_digest(source.path, source.name, digests)]}
 
 
-def prepare_documents(step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store) -> Documents:
+def prepare_documents(
+    step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store
+) -> Documents:
     """Build the documents of `step`. Raises DataError for what cannot be read or is too little."""
-    ancestors = Ancestors(store, parent)
 
     def builder(building: Building) -> Fields:
         if isinstance(data, TextData):
-            return _prepare_text(building.path, data, ancestors)
-        return prepare_records(building.path, data, ancestors.held_out_ids())
+            fields = _prepare_text(building.path, data, Ancestors(store, parent), store.digests)
+        else:
+            fields = prepare_records(building.path, data, store.digests)
+        above = step.parents.get("parent")
+        if documents_step(step.name, data, above, store.digests).fingerprint != step.fingerprint:
+            raise DataError("a source's files have changed while they were read; run the same command again")
+        return fields
 
     return store.build(step, Documents, builder)
 
@@ -70,13 +79,12 @@ class Ancestors:
     """What a parent's lineage forbids to train on: documents seen, and documents held out."""
 
     def __init__(self, store: Store, parent: RegisteredModel | None) -> None:
-        self._documents = [documents_of(store, model) for model in lineage(store, parent)] if parent else []
+        self._held_out = held_out_ids(store, parent) if parent else set()
         self._ledger = _start_ledger(checkpoint_of(store, parent)) if parent else None
 
     def held_out_ids(self) -> set[str]:
         """Ids of every document that an ancestor was evaluated on."""
-        paths = [path for documents in self._documents for path in (documents.path / "heldout").glob("*.parquet")]
-        return {row["id"] for path in paths for row in read_rows(path, ["id"])}
+        return self._held_out
 
     def has_seen(self, document_id: str) -> bool:
         """Whether a document's tokens entered a step of the checkpoint that training starts from."""
@@ -127,14 +135,17 @@ class _Split:
         }
 
 
-def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors) -> Fields:
+def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: DigestCache) -> Fields:
     with ExitStack() as stack:
         split = _Split(folder, stack)
         evaluated = stack.enter_context(SeenIds(folder / "evaluated.sqlite"))
         kept = stack.enter_context(SeenIds(folder / "kept.sqlite"))
         held_out = ancestors.held_out_ids()
         for source in data.eval_sources:
-            _split_source(source, data, split, kept=evaluated, forbidden=lambda _: None, holdout=1.0)
+            rows = read_source(source, _paths(source, digests))
+            _split_source(
+                source.name, rows, data, split, kept=evaluated, forbidden=lambda _: None, holdout=1.0
+            )
 
         def forbidden(document_id: str) -> str | None:
             if document_id in evaluated:
@@ -144,27 +155,37 @@ def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors) -> Fields:
             return "seen" if ancestors.has_seen(document_id) else None
 
         for source in data.sources:
-            _split_source(source, data, split, kept=kept, forbidden=forbidden, holdout=data.holdout)
+            rows = read_source(source, _paths(source, digests))
+            _split_source(
+                source.name, rows, data, split, kept=kept, forbidden=forbidden, holdout=data.holdout
+            )
         counts = split.counts()
     if not any(counts["read"].values()):
         raise DataError("the sources hold no documents: every file is empty")
     return {"form": "text", "sources": [s.name for s in data.sources], "counts": counts}
 
 
-def _split_source(source: Source, data: TextData, split: _Split, *, kept: SeenIds, forbidden: Any, holdout: float) -> None:
-    check = HoldoutCheck(f"source {source.name}", holdout)
-    for raw in read_source(source):
-        split.read[source.name] += 1
+def _paths(source: Source, digests: DigestCache) -> list[Path]:
+    return [path for _, path in files_by_digest(source.path, source.name, digests)]
+
+
+def _split_source(
+    source: str, rows: Iterable[RawText], data: TextData, split: _Split, *, kept: SeenIds,
+    forbidden: Callable[[str], str | None], holdout: float,
+) -> None:  # fmt: skip
+    check = HoldoutCheck(f"source {source}", holdout)
+    for raw in rows:
+        split.read[source] += 1
         content = normalize(raw.text)
         document_id = content_id(content)
         duplicate = None if kept.add(document_id) else "duplicate"
         reason = duplicate or drop_reason(content, data.filters) or forbidden(document_id)
         if reason:
-            split.drop(source.name, raw.origin, reason, content)
+            split.drop(source, raw.origin, reason, content)
             continue
         side = "heldout" if check.is_heldout(fraction_of(document_id)) else "train"
-        split.keep(side, source.name, document_id, content, raw.metadata)
-    check.check(split.kept["heldout"][source.name], setting="data.holdout")
+        split.keep(side, source, document_id, content, raw.metadata)
+    check.check(split.kept["heldout"][source], setting="data.holdout")
 
 
 def source_rows(documents: Documents, data: TextData | TaskData) -> list[tuple[str, str, str, str]]:

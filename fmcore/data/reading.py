@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 import zstandard
 
-from fmcore.data.files import find_files, open_text
+from fmcore.data.files import open_text
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source
 
@@ -28,9 +28,9 @@ class RawText(NamedTuple):
     metadata: dict[str, Any]
 
 
-def read_source(source: Source) -> Iterator[RawText]:
-    """The texts of a source, file by file in sorted order. Raises DataError at the first bad place."""
-    for path in find_files(source.path, field=f"source {source.name}"):
+def read_source(source: Source, paths: Iterable[Path]) -> Iterator[RawText]:
+    """The texts of a source's files, one after the other. Raises DataError at the first bad place."""
+    for path in paths:
         with _readable(path):
             if source.format == "json":
                 yield from _json_texts(path, source)
@@ -49,7 +49,9 @@ def read_json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             values = _json_lines(path, start, file)
         for origin, value in values:
             if not isinstance(value, dict):
-                raise DataError(f"{origin}: expected a JSON object with named fields, found {_shorten(value)}")
+                raise DataError(
+                    f"{origin}: expected a JSON object with named fields, found {_shorten(value)}"
+                )
             yield origin, value
 
 
@@ -59,7 +61,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block); convert it first") from error
+        raise DataError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block); convert it first"
+        ) from error
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
         raise DataError(f"{path}: the compressed file is damaged or cut short: {error}") from error
     except OSError as error:
@@ -70,7 +74,9 @@ def _json_texts(path: Path, source: Source) -> Iterator[RawText]:
     for origin, value in read_json_objects(path):
         text = value.get(source.text_field)
         if not isinstance(text, str):
-            raise DataError(field_message(origin, source.text_field, value, f"text_field of source {source.name}"))
+            raise DataError(
+                field_message(origin, source.text_field, value, f"text_field of source {source.name}")
+            )
         rest = {k: v for k, v in value.items() if k != source.text_field and _is_small(v)}
         yield RawText(origin, text, rest)
 

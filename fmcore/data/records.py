@@ -6,7 +6,7 @@ from typing import Any
 
 from fmcore.artifacts.files import DigestCache
 from fmcore.artifacts.store import Fields
-from fmcore.data.files import find_files
+from fmcore.data.files import files_by_digest
 from fmcore.data.holdout import HoldoutCheck, group_fraction
 from fmcore.data.normalize import content_id, encodable, normalize
 from fmcore.data.reading import field_message, read_json_objects
@@ -22,28 +22,26 @@ def task_identity(task: Task, digests: DigestCache) -> dict[str, Any]:
     identity = task.model_dump(exclude={"path", "eval_path"})
     for field in ("path", "eval_path"):
         where = getattr(task, field)
-        files = find_files(where, field=f"task {task.name}, {field}") if where else []
-        identity[field] = sorted(digests.sha256(path) for path in files)
+        identity[field] = (
+            [digest for digest, _ in files_by_digest(where, task.name, digests)] if where else []
+        )
     return identity
 
 
-def prepare_records(folder: Path, data: TaskData, held_out: set[str]) -> Fields:
-    """Write train/<task>.parquet and heldout/<task>.parquet, with what was dropped beside them.
-
-    held_out: ids of documents and records that an ancestor was evaluated on.
-    """
+def prepare_records(folder: Path, data: TaskData, digests: DigestCache) -> Fields:
+    """Write train/<task>.parquet and heldout/<task>.parquet, with what was dropped beside them."""
     with TableWriter(folder / "dropped.parquet", DROPPED) as dropped:
         counts: dict[str, Any] = {key: {} for key in ("read", "train", "heldout", "dropped", "choices")}
         for task in data.tasks:
-            for key, value in _TaskSplit(folder, task, held_out, dropped).run().items():
+            for key, value in _TaskSplit(folder, task, digests, dropped).run().items():
                 counts[key][task.name] = value
     return {"form": "records", "sources": [task.name for task in data.tasks], "counts": counts}
 
 
 class _TaskSplit:
-    def __init__(self, folder: Path, task: Task, held_out: set[str], dropped: TableWriter) -> None:
+    def __init__(self, folder: Path, task: Task, digests: DigestCache, dropped: TableWriter) -> None:
         self._task = task
-        self._held_out = held_out
+        self._digests = digests
         self._dropped = dropped
         self._train = TableWriter(folder / "train" / f"{task.name}.parquet", RECORDS)
         self._heldout = TableWriter(folder / "heldout" / f"{task.name}.parquet", RECORDS)
@@ -60,7 +58,9 @@ class _TaskSplit:
             if task.eval_path:
                 self._read(task.eval_path, "eval_path", lambda _: True)
             self._read(
-                task.path, "path", lambda group: not task.eval_path and check.is_heldout(group_fraction(group))
+                task.path,
+                "path",
+                lambda group: not task.eval_path and check.is_heldout(group_fraction(group)),
             )
         if not task.eval_path:
             check.check(self._heldout.num_rows, setting=f"the holdout of task {task.name}")
@@ -79,7 +79,7 @@ class _TaskSplit:
         return sorted(self._responses) if few and repeated else []
 
     def _read(self, path: str, field: str, is_heldout: Any) -> None:
-        for file in find_files(path, field=f"task {self._task.name}, {field}"):
+        for _, file in files_by_digest(path, self._task.name, self._digests):
             for origin, value in read_json_objects(file):
                 self._num_read += 1
                 self._add(origin, value, is_heldout, evaluated=field == "eval_path")
@@ -102,10 +102,17 @@ class _TaskSplit:
             self._responses[response] += 1
         writer = self._heldout if heldout else self._train
         writer.add(
-            id=record_id, source=self._task.name, modality="text", prompt=prompt, response=response, metadata="{}"
+            id=record_id,
+            source=self._task.name,
+            modality="text",
+            prompt=prompt,
+            response=response,
+            metadata="{}",
         )
 
-    def _drop_reason(self, prompt: str, response: str, record_id: str, group: str, *, evaluated: bool) -> str | None:
+    def _drop_reason(
+        self, prompt: str, response: str, record_id: str, group: str, *, evaluated: bool
+    ) -> str | None:
         if not prompt:
             return "empty_prompt"
         if not response:
@@ -116,13 +123,7 @@ class _TaskSplit:
             return "duplicate"
         if self._task.eval_path and not evaluated and group in self._groups_held_out:
             return "in_eval_path"
-        if record_id in self._held_out and not self._would_be_held_out(group, evaluated=evaluated):
-            return "heldout_by_ancestor"
         return None
-
-    def _would_be_held_out(self, group: str, *, evaluated: bool) -> bool:
-        """A record that an ancestor held out may be evaluated on again, only not trained on."""
-        return evaluated or (not self._task.eval_path and group_fraction(group) < self._task.holdout)
 
     def _prompt(self, origin: str, value: dict[str, Any]) -> str:
         prompt = self._text(origin, value, "prompt_field")

@@ -34,7 +34,11 @@ class Record(NamedTuple):
 
 
 def answer_records(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], choices: tuple[str, ...], seq_len: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    choices: tuple[str, ...],
+    seq_len: int,
 ) -> Iterator[Answer]:
     """Answer each record: by likelihood where the task has choices, else by greedy generation.
 
@@ -44,7 +48,9 @@ def answer_records(
     for record, ids in encoded:
         if len(ids) >= seq_len:
             yield Answer(record.id, 0, "", record.response)
-    fitting = sorted(((r, ids) for r, ids in encoded if len(ids) < seq_len), key=lambda pair: (len(pair[1]), pair[0].id))
+    fitting = sorted(
+        ((r, ids) for r, ids in encoded if len(ids) < seq_len), key=lambda pair: (len(pair[1]), pair[0].id)
+    )
     # prompts of one length share a batch without padding, and so without an attention mask
     for _, group in groupby(fitting, key=lambda pair: len(pair[1])):
         pairs = list(group)
@@ -56,17 +62,26 @@ def answer_records(
             else:
                 answers = _generate(model, tokenizer, prompts, seq_len)
             for (record, _), answer in zip(batch, answers, strict=True):
-                yield Answer(record.id, int(answer.strip() == record.response.strip()), answer, record.response)
+                yield Answer(
+                    record.id, int(answer.strip() == record.response.strip()), answer, record.response
+                )
 
 
-def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, seq_len: int) -> list[str]:
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, seq_len: int
+) -> list[str]:
     room = min(ANSWER_TOKENS, seq_len - prompts.shape[1])
     rows = generate_ids(model, tokenizer, prompts, max_new_tokens=room)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 @torch.no_grad()
-def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, choices: tuple[str, ...]) -> list[str]:
+def _choose(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: torch.Tensor,
+    choices: tuple[str, ...],
+) -> list[str]:
     """For each prompt the choice with the highest likelihood, its end-of-turn token included.
 
     prompts: (B, P), run once; the choices follow from its cache, one by one.
@@ -84,7 +99,9 @@ def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
         targets = ids.to(device)
         hidden = last
         if targets.shape[1] > 1:
-            more = decoder_of(model)(input_ids=targets[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+            more = decoder_of(model)(
+                input_ids=targets[:, :-1], past_key_values=cache, use_cache=True
+            ).last_hidden_state
             cache.crop(prompts.shape[1])  # the next choice starts from the prompt again
             hidden = torch.cat([last, more], dim=1)  # (B, C, D)
         flat = token_nats(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))

@@ -42,7 +42,9 @@ def judge_contender(
     """
     mine = read_scores(new.report.path)
     theirs = read_scores(
-        evaluate_model(champion, new.documents, new.parent, evaluation, execution, store, on_line=on_line).path
+        evaluate_model(
+            champion, new.documents, new.parent, evaluation, execution, store, on_line=on_line
+        ).path
     )
     own = {name for name, count in new.documents.counts["heldout"].items() if count}
     roles: dict[str, Role] = {name: "target" if name in own else "protected" for name in mine}
@@ -83,12 +85,17 @@ def _on_sets_of(
     parent = champion.parents.get("parent")
     above = store.get(parent, RegisteredModel) if parent else None
     theirs = evaluate_model(champion, documents, above, evaluation, execution, store, on_line=on_line)
-    ours = evaluate_checkpoint_on(new.checkpoint, documents, above, evaluation, execution, store, on_line=on_line)
+    ours = evaluate_checkpoint_on(
+        new.checkpoint, documents, above, evaluation, execution, store, on_line=on_line
+    )
     mine, his = read_scores(ours.path), read_scores(theirs.path)
     taken = set(new.documents.counts["heldout"])
-    rename = {name: f"{name}.{documents.short[:6]}" if name in taken else name for name in mine.keys() & his.keys()}
+    rename = {
+        name: f"{name}.{documents.short[:6]}" if name in taken else name for name in mine.keys() & his.keys()
+    }
     return {
-        renamed: (_named(mine[name], renamed), _named(his[name], renamed)) for name, renamed in sorted(rename.items())
+        renamed: (_named(mine[name], renamed), _named(his[name], renamed))
+        for name, renamed in sorted(rename.items())
     }
 
 
@@ -114,15 +121,19 @@ def _best_scores(
 def _champions(
     champion: RegisteredModel, store: Store, is_reset: Callable[[RegisteredModel], bool]
 ) -> Iterator[RegisteredModel]:
-    for model in lineage(store, champion):
-        if model.model == champion.model and (model.verdict in ("FIRST", "PROMOTE") or model is champion):
-            yield model
-            if is_reset(model):
-                return
+    """The champion and those before it, back to the last one with an accepted regression.
+
+    By `predecessor`, not by parent: a task model's parent is its base, its predecessor the champion it took
+    the place of.
+    """
+    model: RegisteredModel | None = champion
+    while model is not None:
+        yield model
+        before = model.predecessor if not is_reset(model) else ""
+        model = store.get(before, RegisteredModel) if before else None
 
 
 def _set_origins(report: EvalReport) -> Iterator[tuple[str, str]]:
     """(name, origin) of each set that a report was made on; a name may differ between reports."""
     for item in read_json(report.path / "spec.json")["sets"]:
         yield item["name"], item["origin"]
-

@@ -21,10 +21,22 @@ from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.child import pick_device, prepare_torch
 
 DOCUMENTS = pa.schema(
-    [("set", pa.string()), ("id", pa.string()), ("bits", pa.float64()), ("bytes", pa.int64()), ("tokens", pa.int64())]
+    [
+        ("set", pa.string()),
+        ("id", pa.string()),
+        ("bits", pa.float64()),
+        ("bytes", pa.int64()),
+        ("tokens", pa.int64()),
+    ]
 )
 ANSWERS = pa.schema(
-    [("set", pa.string()), ("id", pa.string()), ("correct", pa.int64()), ("answer", pa.string()), ("response", pa.string())]
+    [
+        ("set", pa.string()),
+        ("id", pa.string()),
+        ("correct", pa.int64()),
+        ("answer", pa.string()),
+        ("response", pa.string()),
+    ]
 )
 PROMPT_WORDS = 12
 
@@ -50,7 +62,10 @@ def main(path: Path) -> bool:
             records = [Record(r["id"], r["prompt"], r["response"]) for r in rows]
             answered = answer_records(model, tokenizer, records, item.choices, spec.seq_len)
             answers += [{"set": item.name, **answer._asdict()} for answer in answered]
-        print(f"evaluated {item.name}: {len(rows)} {'documents' if item.kind == 'text' else 'records'}", flush=True)
+        print(
+            f"evaluated {item.name}: {len(rows)} {'documents' if item.kind == 'text' else 'records'}",
+            flush=True,
+        )
         heartbeat.beat()
         if stop.requested:
             return False
@@ -68,7 +83,9 @@ def select_rows(item: EvalSet, spec: EvalSpec, seen: Ledger) -> list[dict[str, A
     return [row for row in rows if row["id"] not in seen][:limit]
 
 
-def samples(spec: EvalSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+def samples(
+    spec: EvalSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, str]]:
     """Generated text for the first rows of the stage's own sets: what a person looks at first."""
     made: list[dict[str, str]] = []
     own = [item for item in spec.sets if item.own]
@@ -79,7 +96,9 @@ def samples(spec: EvalSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         chat = item.kind == "task"
         prompt = row["prompt"] if chat else " ".join(row["content"].split(" ")[:PROMPT_WORDS])
         text = generate_text(model, tokenizer, prompt, chat=chat, max_new_tokens=spec.sample_tokens)
-        made.append({"set": item.name, "prompt": prompt, "generated": text, "response": row.get("response", "")})
+        made.append(
+            {"set": item.name, "prompt": prompt, "generated": text, "response": row.get("response", "")}
+        )
     return made
 
 

@@ -25,8 +25,10 @@ from fmcore.training.train import inherited_spec
 CODE_VERSION = 1
 
 
-def report_step(name: str, evaluation: Evaluation, checkpoint: str, documents: str, parent: str | None) -> Step:
-    """What `evaluate_checkpoint` would make. The sets follow from documents and parent, both fingerprints."""
+def report_step(
+    name: str, evaluation: Evaluation, checkpoint: str, documents: str, parent: str | None
+) -> Step:
+    """What `evaluate_checkpoint` would make. The sets follow from documents and the parent's checkpoint."""
     parents = {"checkpoint": checkpoint, "documents": documents, **({"parent": parent} if parent else {})}
     return Step("report", name, evaluation.model_dump(), parents, CODE_VERSION)
 
@@ -61,7 +63,9 @@ def evaluate_model(
 ) -> EvalReport:
     """Score a registered model on the sets that a stage with these documents and this parent is judged by."""
     checkpoint = checkpoint_of(store, model)
-    return evaluate_checkpoint_on(checkpoint, documents, parent, evaluation, execution, store, on_line=on_line)
+    return evaluate_checkpoint_on(
+        checkpoint, documents, parent, evaluation, execution, store, on_line=on_line
+    )
 
 
 def evaluate_checkpoint_on(
@@ -75,7 +79,7 @@ def evaluate_checkpoint_on(
     on_line: Callable[[str], None] = print,
 ) -> EvalReport:
     """Score a checkpoint on any stage's sets, compared with nothing."""
-    above = parent.fingerprint if parent else None
+    above = parent.parents["checkpoint"] if parent else None
     step = report_step(checkpoint.name, evaluation, checkpoint.fingerprint, documents.fingerprint, above)
     return _build(step, checkpoint, documents, parent, evaluation, execution, store, None, on_line)
 
@@ -105,12 +109,16 @@ def _build(
     return store.build(step, EvalReport, builder)
 
 
-def evaluation_sets(store: Store, documents: Documents, parent: RegisteredModel | None) -> tuple[EvalSet, ...]:
+def evaluation_sets(
+    store: Store, documents: Documents, parent: RegisteredModel | None
+) -> tuple[EvalSet, ...]:
     """The held-out sets of a stage's documents, then those of its ancestors, the youngest first.
 
     An ancestor's set whose name is taken gets the first digits of its documents' fingerprint behind it.
     """
-    origins = [documents] + [documents_of(store, model) for model in (lineage(store, parent) if parent else ())]
+    origins = [documents] + [
+        documents_of(store, model) for model in (lineage(store, parent) if parent else ())
+    ]
     sets: dict[str, EvalSet] = {}
     seen: set[str] = set()
     for origin in origins:
@@ -136,7 +144,11 @@ def _own_names(documents: Documents) -> set[str]:
 
 
 def _spec(
-    checkpoint: Checkpoint, sets: tuple[EvalSet, ...], evaluation: Evaluation, execution: Execution, store: Store
+    checkpoint: Checkpoint,
+    sets: tuple[EvalSet, ...],
+    evaluation: Evaluation,
+    execution: Execution,
+    store: Store,
 ) -> EvalSpec:
     shards = store.get(checkpoint.parents["shards"], TokenShards)
     return EvalSpec(

@@ -17,8 +17,16 @@ champion of the lineage, so that weekly losses within the margin cannot add up. 
 target that shows no gain must also be within the margin of its best champion: its second comparison.
 
 With T targets one of them would show a gain by luck T times as often, so a gain needs the interval at
-level 1 - 0.05 / T (Bonferroni): at most 2.5 % false promotions by luck, for any T. A false refusal has
-2.5 % per set; correcting that over many protected sets (Holm) is left for later.
+level 1 - 0.05 / T (Bonferroni): nominally 2.5 % false promotions, for any T. A false refusal has 2.5 % per
+set; correcting that over many protected sets (Holm) is left for later.
+
+Measured on 2,000 simulated pairs each (margin 0.01 bpb, documents differing by 0.02 bpb, lengths
+log-normal), at n = 20, 60, 200 documents:
+
+    the same model promoted          3.5 %   3.1 %   3.9 %
+    0.011 bpb worse, found safe      2.3 %   1.5 %   1.3 %
+    0.020 bpb worse, found safe      0.0 %   0.0 %   0.0 %
+    0.020 bpb worse, REJECT         47.4 %  82.7 %  99.8 %    (the rest INCONCLUSIVE)
 
 0/1 answers get one made-up example lost and one won (Bonett & Price 2012). Without them 20 answers of
 which none changed would read as a loss of exactly zero; with them the same answers on fewer than 300

@@ -21,7 +21,9 @@ def generate_ids(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **sampling,
     )  # fmt: skip
     rows = output[:, prompts.shape[1] :].tolist()
-    return [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows]
+    return [
+        row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows
+    ]
 
 
 def generate_text(
@@ -30,9 +32,18 @@ def generate_text(
 ) -> str:  # fmt: skip
     """Continue a text, or answer a prompt through the chat template."""
     torch.manual_seed(seed)
-    ids = encode_prompt(tokenizer, prompt) if chat else [start_id(tokenizer), *Encoder(tokenizer).encode_batch([prompt])[0]]
+    ids = (
+        encode_prompt(tokenizer, prompt)
+        if chat
+        else [start_id(tokenizer), *Encoder(tokenizer).encode_batch([prompt])[0]]
+    )
     room = model.config.max_position_embeddings - 1
     rows = generate_ids(
-        model, tokenizer, torch.tensor([ids[-room:]]), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        model,
+        tokenizer,
+        torch.tensor([ids[-room:]]),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
     )
     return str(tokenizer.decode(rows[0], skip_special_tokens=True))

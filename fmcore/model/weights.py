@@ -4,9 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from fmcore.artifacts.ancestry import checkpoint_of
 from fmcore.artifacts.store import Store
-from fmcore.artifacts.types import Checkpoint, RegisteredModel
+from fmcore.artifacts.types import Checkpoint
 
 
 class Weights(BaseModel):
@@ -26,8 +25,7 @@ def final_weights(store: Store, checkpoint: Checkpoint) -> Weights:
     store.check(checkpoint)
     if checkpoint.method == "full":
         return Weights(folder=checkpoint.final)
-    parent = store.get(checkpoint.parents["parent"], RegisteredModel)
-    below = final_weights(store, checkpoint_of(store, parent))
+    below = final_weights(store, store.get(checkpoint.parents["parent"], Checkpoint))
     return below.model_copy(update={"adapters": (*below.adapters, checkpoint.final / "adapter")})
 
 

@@ -11,7 +11,14 @@ from fmcore.artifacts.ancestry import checkpoint_of
 from fmcore.artifacts.files import read_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Store
-from fmcore.artifacts.types import ARTIFACT_TYPES, Artifact, Checkpoint, Documents, RegisteredModel, TokenShards
+from fmcore.artifacts.types import (
+    ARTIFACT_TYPES,
+    Artifact,
+    Checkpoint,
+    Documents,
+    RegisteredModel,
+    TokenShards,
+)
 from fmcore.data.files import find_files
 from fmcore.model.presets import estimate_parameters, model_fields
 from fmcore.planning.steps import StageSteps
@@ -20,7 +27,13 @@ from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, PretrainRecipe
 
 BYTES_PER_TOKEN = 3.3  # English text at a vocabulary of 4,096; only until the shards exist
 GEMM_SHARE = 0.5  # of a measured matrix product's rate that a small model's training reaches
-STEP_NAMES = {"documents": "prepare", "shards": "tokenize", "checkpoint": "train", "report": "evaluate", "model": "register"}
+STEP_NAMES = {
+    "documents": "prepare",
+    "shards": "tokenize",
+    "checkpoint": "train",
+    "report": "evaluate",
+    "model": "register",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,11 @@ def explain_miss(step: Step, others: list[Artifact], before: list[PlannedStep]) 
         return f"{upstream[0].task} will run"
     if any(role == "parent" for role, _ in changed):
         return "another parent"
-    return "the code of this step has changed" if not changed else f"other {', '.join(sorted({r for r, _ in changed if r}))}"
+    return (
+        "the code of this step has changed"
+        if not changed
+        else f"other {', '.join(sorted({r for r, _ in changed if r}))}"
+    )
 
 
 def _differences(other: Artifact, step: Step) -> Iterator[tuple[str | None, str]]:
@@ -101,7 +118,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:8]}..."
 
 
-def estimate_cost(recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store) -> Cost:
+def estimate_cost(
+    recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store
+) -> Cost:
     """Tokens, epochs and time of the training, exact where the shards exist, else from the sources' bytes."""
     shards = store.find(steps.shards, TokenShards)
     own = sum(shards.num_tokens.values()) if shards else _guess_tokens(recipe, steps, store)
@@ -130,7 +149,9 @@ def _guess_tokens(recipe: StageRecipe, steps: StageSteps, store: Store) -> int:
     return int(sum(path.stat().st_size for path in files) / BYTES_PER_TOKEN)
 
 
-def _parameters(recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store) -> int:
+def _parameters(
+    recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store
+) -> int:
     if isinstance(recipe, PretrainRecipe):
         vocabulary = shards.vocab_size if shards else recipe.tokenizer.vocab_size
         return estimate_parameters(model_fields(recipe.model), vocabulary)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 
 from fmcore.artifacts.store import Store
-from fmcore.artifacts.types import RegisteredModel
+from fmcore.artifacts.types import ACCEPTED, RegisteredModel
 from fmcore.data.prepare import documents_step
 from fmcore.errors import UnknownModelError
 from fmcore.planning.runs import RunRecord, recipe_identity
 from fmcore.planning.steps import ParentRef, StageSteps, stage_steps
 from fmcore.recipes.fields import Execution
 from fmcore.recipes.stages import PretrainRecipe, StageRecipe
-from fmcore.tracking.client import connect, shown_uri
+from fmcore.tracking.client import connect
 from fmcore.tracking.register import regression_accepted
 from fmcore.tracking.registry import resolve
 from fmcore.workspace import Workspace
@@ -33,12 +33,9 @@ def tracking_uri(execution: Execution, workspace: Workspace) -> str:
     return execution.tracking_uri or workspace.tracking_uri
 
 
-def registry_name(uri: str, workspace: Workspace) -> str:
-    """The registry in a model's identity: `home`, wherever the home lies, or a server's address."""
-    return "home" if uri == workspace.own_tracking_uri else shown_uri(uri)
-
-
-def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False) -> ResolvedStage:
+def resolve_stage(
+    recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False
+) -> ResolvedStage:
     """Resolve a recipe. fresh: forget an unfinished run of it.
 
     Raises UnknownModelError where the parent does not exist or was refused, DataError for missing sources,
@@ -49,23 +46,29 @@ def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fr
     record = RunRecord(workspace.runs, identity)
     if fresh:
         record.forget()
-    parent = None if isinstance(recipe, PretrainRecipe) else resolve_parent(recipe.parent, connect(uri), store, record)
-    reference = ParentRef(parent.model, parent.fingerprint) if parent else None
-    steps = stage_steps(recipe, reference, store.digests, registry_name(uri, workspace))
+    parent = (
+        None
+        if isinstance(recipe, PretrainRecipe)
+        else resolve_parent(recipe.parent, connect(uri), store, record)
+    )
+    reference = ParentRef(parent.model, parent.fingerprint, parent.parents["checkpoint"]) if parent else None
+    steps = stage_steps(recipe, reference, store.digests)
     if fresh:
         store.discard_partial(steps.checkpoint)
     return ResolvedStage(recipe, parent, steps, record)
 
 
-def resolve_parent(reference: str, client: MlflowClient, store: Store, record: RunRecord | None = None) -> RegisteredModel:
+def resolve_parent(
+    reference: str, client: MlflowClient, store: Store, record: RunRecord | None = None
+) -> RegisteredModel:
     """The version a parent reference stands for, or the one that an unfinished run of the recipe found."""
     ref = resolve(client, reference)
     fingerprint = (record.parent_for(ref.fingerprint) if record else None) or ref.fingerprint
     parent = store.get(fingerprint, RegisteredModel)
-    if parent.verdict == "REJECT" and not regression_accepted(client, parent):
+    if parent.verdict not in ACCEPTED and not regression_accepted(client, parent):
         raise UnknownModelError(
-            f"{reference} is {parent.uri}, which the gate refused: a refused version is nobody's parent. Take "
-            f"{parent.model}@champion, or accept it with `strata promote {parent.uri} --accept-regression --reason TEXT`"
+            f"{reference} is {parent.uri}, which the gate did not let through ({parent.verdict}): a refused version "
+            f"is nobody's parent. Take {parent.model}@champion, or accept it with "
+            f"`strata promote {parent.uri} --accept-regression --reason TEXT`"
         )
     return parent
-

@@ -12,16 +12,20 @@ from fmcore.recipes.stages import FinetuneRecipe, PretrainRecipe, StageRecipe
 from fmcore.tokens.tokenize import shards_step
 from fmcore.training.train import checkpoint_step
 
-
 CODE_VERSION = 1  # of the register step
 
 
 @dataclass(frozen=True)
 class ParentRef:
-    """A parent by name and fingerprint: all that identities need of it, whether it exists yet or not."""
+    """A parent as identities need it, whether it exists yet or not.
+
+    What a child trains on and from follows from the parent's checkpoint; under which gate and in which
+    registry that was registered does not matter to it. fingerprint: the registered model's.
+    """
 
     model: str
     fingerprint: str
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class StageSteps:
     @property
     def made(self) -> ParentRef:
         """What a next stage would name as its parent."""
-        return ParentRef(str(self.model.config["model"]), self.model.fingerprint)
+        return ParentRef(str(self.model.config["model"]), self.model.fingerprint, self.checkpoint.fingerprint)
 
 
 def model_name(recipe: StageRecipe, parent: str | None) -> str:
@@ -61,33 +65,31 @@ def record_length(recipe: StageRecipe) -> int | None:
     return recipe.train.seq_len if isinstance(recipe, FinetuneRecipe) else None
 
 
-def model_step(model: str, gate: Gate, registry: str, parents: dict[str, str | None]) -> Step:
-    """What registering would make: a version of `model` in one registry, judged by one gate.
-
-    registry: `home` for the home's own database, else the server's address. parents: fingerprints by role.
-    """
-    config = {"model": model, "gate": gate.model_dump(), "registry": registry}
+def model_step(model: str, gate: Gate, parents: dict[str, str | None]) -> Step:
+    """What registering would make: a version of `model`, judged by one gate. parents: fingerprints by role."""
+    config = {"model": model, "gate": gate.model_dump()}
     known = {role: fingerprint for role, fingerprint in parents.items() if fingerprint}
     return Step("model", model, config, known, CODE_VERSION)
 
 
-def stage_steps(recipe: StageRecipe, parent: ParentRef | None, digests: DigestCache, registry: str) -> StageSteps:
+def stage_steps(recipe: StageRecipe, parent: ParentRef | None, digests: DigestCache) -> StageSteps:
     """All steps of a stage. Reads the sources' bytes (or remembers their digests), builds nothing."""
-    above = parent.fingerprint if parent else None
+    above = parent.checkpoint if parent else None
     documents = documents_step(recipe.name, recipe.data, above, digests)
-    shards = shards_step(recipe.name, documents.fingerprint, tokenizer_of(recipe), record_length(recipe), above)
+    shards = shards_step(
+        recipe.name, documents.fingerprint, tokenizer_of(recipe), record_length(recipe), above
+    )
     checkpoint = checkpoint_step(recipe, shards.fingerprint, above)
     report = report_step(recipe.name, recipe.evaluate, checkpoint.fingerprint, documents.fingerprint, above)
     model = model_step(
         model_name(recipe, parent.model if parent else None),
         recipe.gate,
-        registry,
         {
             "documents": documents.fingerprint,
             "shards": shards.fingerprint,
             "checkpoint": checkpoint.fingerprint,
             "report": report.fingerprint,
-            "parent": above,
+            "parent": parent.fingerprint if parent else None,
         },
     )
     return StageSteps(documents, shards, checkpoint, report, model)

@@ -29,7 +29,9 @@ class Child:
     lock: a descriptor that the child inherits, so that the artifact stays locked while it lives.
     """
 
-    def __init__(self, module: str, folder: Path, *, lock: int, grace_s: float, hang_timeout_s: float, threads: int) -> None:
+    def __init__(
+        self, module: str, folder: Path, *, lock: int, grace_s: float, hang_timeout_s: float, threads: int
+    ) -> None:
         self._module = module
         self._folder = folder
         self._lock = lock
@@ -90,7 +92,9 @@ class Child:
             raise TrainingRefused((self._folder / "error.txt").read_text().strip())
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         end = "\n".join(last_lines[-12:])
-        raise TrainingError(f"the process {self._module} ended with {cause}; its log is {self._folder / 'log.txt'}:\n{end}")
+        raise TrainingError(
+            f"the process {self._module} ended with {cause}; its log is {self._folder / 'log.txt'}:\n{end}"
+        )
 
 
 class TrainingRefused(TrainingError):

@@ -49,7 +49,9 @@ class StreamWriter:
     def __enter__(self) -> "StreamWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._offsets.write(OFFSET_TYPE(self.num_tokens).tobytes())
         for file in (self._tokens, self._offsets, self._ids, self._mask):
             if file:

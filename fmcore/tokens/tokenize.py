@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fmcore.artifacts.ancestry import shards_of
+from fmcore.artifacts.ancestry import context_length, held_out_ids, shards_of
 from fmcore.artifacts.files import sha256_file
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
@@ -23,7 +23,12 @@ from fmcore.recipes.fields import Tokenizer
 
 CODE_VERSION = 1
 BATCH_DOCUMENTS = 256
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def shards_step(
@@ -38,7 +43,7 @@ def shards_step(
     if seq_len is not None:
         config["seq_len"] = seq_len
     parents = {"documents": documents}
-    if tokenizer is None and parent:
+    if parent:
         parents["parent"] = parent
     return Step("shards", name, config, parents, CODE_VERSION)
 
@@ -51,24 +56,36 @@ def _tokenizer_identity(tokenizer: Tokenizer | None) -> Any:
     folder = Path(tokenizer.path)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
-        raise DataError(f"tokenizer.path: {folder} holds no tokenizer.json; expected a folder in transformers' format")
+        raise DataError(
+            f"tokenizer.path: {folder} holds no tokenizer.json; expected a folder in transformers' format"
+        )
     return {"digest": hashlib.sha256("".join(sha256_file(f) for f in files).encode()).hexdigest()}
 
 
 def tokenize_documents(
-    step: Step, documents: Documents, tokenizer: Tokenizer | None, seq_len: int, parent: RegisteredModel | None, store: Store
+    step: Step,
+    documents: Documents,
+    tokenizer: Tokenizer | None,
+    parent: RegisteredModel | None,
+    store: Store,
 ) -> TokenShards:
-    """Build the shards of `step`. seq_len: longest record in tokens, resolved; unused for text."""
+    """Build the shards of `step`; without a tokenizer of its own, with the parent's."""
     store.check(documents)
 
     def builder(building: Building) -> Fields:
+        seq_len = step.config.get("seq_len") or (context_length(store, parent) if parent else 0)
         return _tokenize(building.path, documents, tokenizer, seq_len, parent, store)
 
     return store.build(step, TokenShards, builder)
 
 
 def _tokenize(
-    folder: Path, documents: Documents, tokenizer: Tokenizer | None, seq_len: int, parent: RegisteredModel | None, store: Store
+    folder: Path,
+    documents: Documents,
+    tokenizer: Tokenizer | None,
+    seq_len: int,
+    parent: RegisteredModel | None,
+    store: Store,
 ) -> Fields:
     # transformers takes a second to import; a planner that only asks for identities need not wait for it
     from fmcore.tokens.bpe import load_tokenizer, train_bpe
@@ -83,10 +100,13 @@ def _tokenize(
     encoder.save_pretrained(str(folder / "tokenizer"))
     counts: dict[str, Any] = {"documents": {}, "refused": {}, "samples": {}}
     num_tokens = {}
+    held_out = held_out_ids(store, parent) if parent else set()
     for source in documents.sources:
         path = documents.path / "train" / f"{source}.parquet"
-        write = _write_records if documents.form == "records" else _write_text
-        result = write(folder / source, path, encoder, seq_len)
+        if documents.form == "records":
+            result = _write_records(folder / source, path, encoder, seq_len, held_out)
+        else:
+            result = _write_text(folder / source, path, encoder)
         num_tokens[source] = result.pop("num_tokens")
         for key, value in result.items():
             counts[key][source] = value
@@ -103,7 +123,7 @@ def _contents(documents: Documents) -> Iterator[str]:
             yield from (row["content"] for row in read_rows(path, ["content"]))
 
 
-def _write_text(folder: Path, path: Path, tokenizer: Any, seq_len: int) -> dict[str, Any]:
+def _write_text(folder: Path, path: Path, tokenizer: Any) -> dict[str, Any]:
     from fmcore.tokens.bpe import Encoder, start_id
     from fmcore.tokens.shards import StreamWriter
 
@@ -116,15 +136,20 @@ def _write_text(folder: Path, path: Path, tokenizer: Any, seq_len: int) -> dict[
     return {"documents": writer.num_documents, "num_tokens": writer.num_tokens}
 
 
-def _write_records(folder: Path, path: Path, tokenizer: Any, seq_len: int) -> dict[str, Any]:
+def _write_records(
+    folder: Path, path: Path, tokenizer: Any, seq_len: int, held_out: set[str]
+) -> dict[str, Any]:
     from fmcore.tokens.chat import encode_example
     from fmcore.tokens.packing import pack_best_fit, write_plan
     from fmcore.tokens.shards import StreamWriter
 
-    refused = {"empty_mask": 0, "too_long": 0}
+    refused = {"empty_mask": 0, "too_long": 0, "heldout_by_ancestor": 0}
     lengths = []
     with StreamWriter(folder, len(tokenizer), masked=True) as writer:
         for row in read_rows(path, ["id", "prompt", "response"]):
+            if row["id"] in held_out:
+                refused["heldout_by_ancestor"] += 1
+                continue
             example = encode_example(tokenizer, row["prompt"], row["response"])
             if not any(example.mask):
                 refused["empty_mask"] += 1

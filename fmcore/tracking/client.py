@@ -22,6 +22,8 @@ QUIET_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 UPLOAD_TIMEOUT_SECONDS = 600
+# urllib3 warns of every retry, though the error that follows says it all.
+LOG_LEVELS = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 _SECRET_QUERY = re.compile(r"(?<=[?&])((?:password|token|secret|api_key)=)[^&\s'\"]+", re.IGNORECASE)
@@ -36,8 +38,8 @@ def connect(uri: str) -> MlflowClient:
     """
     for name, value in (HTTP_DEFAULTS | QUIET_DEFAULTS).items():
         os.environ.setdefault(name, value)
-    for logger in ("mlflow", "alembic"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
+    for logger, level in LOG_LEVELS.items():
+        logging.getLogger(logger).setLevel(level)
     try:
         return _client(uri)
     except ModuleNotFoundError as error:

@@ -103,8 +103,10 @@ def publish(
                 **_parent_tags(parent),
             }
             _ensure_name(client, name)
-            source = f"models:/{model_id}"
-            version = client.create_model_version(name, source, run_id=run.run_id, tags=tags)
+            # a server refuses a logged model as the source unless it is named by its id too
+            version = client.create_model_version(
+                name, f"models:/{model_id}", run_id=run.run_id, tags=tags, model_id=model_id
+            )
         number = str(version.version)
         if names.VERDICT not in version.tags:
             client.set_registered_model_alias(name, names.CHALLENGER, number)
@@ -218,5 +220,6 @@ def _move_champion(client: MlflowClient, ref: ModelRef, expected: ModelRef | Non
 
 def _remove_challenger(client: MlflowClient, ref: ModelRef) -> None:
     # a later version may be the challenger by now
-    if client.get_registered_model(ref.name).aliases.get(names.CHALLENGER) == ref.version:
+    holder = client.get_registered_model(ref.name).aliases.get(names.CHALLENGER)
+    if holder is not None and int(holder) == ref.version:
         client.delete_registered_model_alias(ref.name, names.CHALLENGER)

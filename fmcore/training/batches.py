@@ -28,7 +28,12 @@ class _Source:
     def __init__(self, member: Member, seq_len: int, pad_id: int) -> None:
         self.member = member
         self.samples: Samples = open_samples(
-            member.shards, member.source, form=member.form, vocab_size=member.vocab_size, seq_len=seq_len, pad_id=pad_id
+            member.shards,
+            member.source,
+            form=member.form,
+            vocab_size=member.vocab_size,
+            seq_len=seq_len,
+            pad_id=pad_id,
         )
         self._subset = map_array(member.subset, np.uint32) if member.subset else None
 

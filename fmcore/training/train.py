@@ -48,14 +48,16 @@ class Start:
 
 def checkpoint_step(recipe: StageRecipe, shards: str, parent: str | None) -> Step:
     """What `train_checkpoint` would make. shards, parent: fingerprints."""
-    config: dict[str, Any] = {"train": recipe.train.model_dump(), "seed": recipe.seed}
+    config: dict[str, Any] = {"train": recipe.train.model_dump(), "seed": recipe.seed, "precision": "fp32"}
     if isinstance(recipe, FinetuneRecipe):
         config["train"]["lr"] = recipe.lr
         config["method"] = recipe.method
         if recipe.method == "lora":
             config["lora"] = recipe.lora.model_dump()
     else:
-        config["sources"] = {s.name: {"weight": s.weight, "max_epochs": s.max_epochs} for s in recipe.data.sources}
+        config["sources"] = {
+            s.name: {"weight": s.weight, "max_epochs": s.max_epochs} for s in recipe.data.sources
+        }
     if isinstance(recipe, PretrainRecipe):
         config["model"] = model_fields(recipe.model)
     if isinstance(recipe, ContinueRecipe):
@@ -72,7 +74,9 @@ def train_checkpoint(
     store: Store,
     *,
     on_line: Callable[[str], None] = print,
-    watch: Callable[[Path, TrainSpec], AbstractContextManager[Callable[[], None]]] = lambda path, spec: nullcontext(_idle),
+    watch: Callable[[Path, TrainSpec], AbstractContextManager[Callable[[], None]]] = lambda path, spec: (
+        nullcontext(_idle)
+    ),
 ) -> Checkpoint:
     """Train in a child process, or go on where an earlier attempt was stopped.
 
@@ -89,7 +93,9 @@ def train_checkpoint(
             _run_with_retries(building, recipe.execution, on_line, on_poll)
         return _collect(building.path, spec)
 
-    return store.build(step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}"))
+    return store.build(
+        step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}")
+    )
 
 
 def _idle() -> None:
@@ -124,15 +130,21 @@ def _collect(folder: Path, spec: TrainSpec) -> Fields:
     return {**summary, "method": spec.method, "counts": counts}
 
 
-def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> TrainSpec:
+def make_spec(
+    shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store
+) -> TrainSpec:
     """All that a training does, resolved from recipe, shards and parent. Raises RecipeError, DataError."""
     start = _start(recipe, parent, store)
     pools = _pools(shards, recipe, parent, store)
     seq_len = start.seq_len
     sizes = tuple(Pool(p.weight, sum(_num_samples(m, seq_len) for m in p.members)) for p in pools)
-    num_samples = _num_slots(recipe.train, sizes, seq_len, default_epochs=2 if isinstance(recipe, FinetuneRecipe) else 1)
+    num_samples = _num_slots(
+        recipe.train, sizes, seq_len, default_epochs=2 if isinstance(recipe, FinetuneRecipe) else 1
+    )
     if start.batch_tokens < seq_len:
-        raise RecipeError(f"train.batch_tokens ({start.batch_tokens}) must hold at least one sequence of {seq_len} tokens")
+        raise RecipeError(
+            f"train.batch_tokens ({start.batch_tokens}) must hold at least one sequence of {seq_len} tokens"
+        )
     if not isinstance(recipe, FinetuneRecipe):
         _check_max_epochs(recipe.data.sources, pools, sizes, num_samples, seq_len)
     batch_samples = start.batch_tokens // seq_len
@@ -200,7 +212,9 @@ def inherited_spec(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _pools(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> tuple[PoolSpec, ...]:
+def _pools(
+    shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store
+) -> tuple[PoolSpec, ...]:
     members = {source: _member(shards, source) for source in shards.sources if shards.num_tokens[source]}
     if isinstance(recipe, FinetuneRecipe):
         return (PoolSpec(weight=1.0, members=tuple(members.values())),)
@@ -222,7 +236,9 @@ def _pools(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | N
 
 
 def _member(shards: TokenShards, source: str) -> Member:
-    return Member(shards=shards.path, source=source, label=source, form=shards.form, vocab_size=shards.vocab_size)
+    return Member(
+        shards=shards.path, source=source, label=source, form=shards.form, vocab_size=shards.vocab_size
+    )
 
 
 def _replay_members(store: Store, parent: RegisteredModel) -> Iterator[Member]:
@@ -236,7 +252,9 @@ def _replay_members(store: Store, parent: RegisteredModel) -> Iterator[Member]:
             subset = checkpoint.seen_samples(checkpoint.start, source)
             if subset.exists() and subset.stat().st_size:
                 label = f"replay/{source}"
-                yield _member(shards, source).model_copy(update={"subset": subset, "label": label, "own": False})
+                yield _member(shards, source).model_copy(
+                    update={"subset": subset, "label": label, "own": False}
+                )
 
 
 def _num_samples(member: Member, seq_len: int) -> int:
@@ -256,7 +274,11 @@ def _num_slots(train: Optimization, pools: tuple[Pool, ...], seq_len: int, *, de
 
 
 def _check_max_epochs(
-    sources: list[Source], pools: tuple[PoolSpec, ...], sizes: tuple[Pool, ...], num_samples: int, seq_len: int
+    sources: list[Source],
+    pools: tuple[PoolSpec, ...],
+    sizes: tuple[Pool, ...],
+    num_samples: int,
+    seq_len: int,
 ) -> None:
     limits = {s.name: s.max_epochs for s in sources if s.max_epochs}
     total = sum(pool.weight for pool in pools)
@@ -279,4 +301,3 @@ def _schedule(recipe: StageRecipe, start: Start, num_steps: int) -> Schedule:
         warmup_steps=ceil(start.warmup_fraction * num_steps),
         decay_steps=max(1, round(recipe.train.decay_fraction * num_steps)),
     )
-

@@ -1,0 +1,1 @@
+"""The main job: a corpus from installed packages, and the recipes that run on it."""
