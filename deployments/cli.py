@@ -119,9 +119,7 @@ def promote(
     model: ModelName,
     accept_regression: Annotated[
         bool,
-        typer.Option(
-            "--accept-regression", help="Take the losses; later versions are measured from this one."
-        ),
+        typer.Option("--accept-regression", help="Take the losses; later versions are measured from this one."),
     ] = False,
     reason: Annotated[str, typer.Option(help="Why; kept with the version.")] = "",
 ) -> None:
@@ -136,9 +134,7 @@ def promote(
 
 @app.command()
 def verify(
-    path: Annotated[
-        Path | None, typer.Argument(help="An artifact's folder; all of the home's without it.")
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(help="An artifact's folder; all of the home's without it.")] = None,
 ) -> None:
     """Read every byte of an artifact, or of all, and compare it with what was recorded."""
     workspace = Workspace.current()
@@ -158,9 +154,7 @@ def verify(
 
 @app.command()
 def up(
-    port: Annotated[
-        int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)
-    ] = 4200,
+    port: Annotated[int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)] = 4200,
 ) -> None:
     """Serve the Prefect and MLflow pages of this home on 127.0.0.1, in the foreground."""
     from deployments.up import serve
@@ -173,9 +167,7 @@ def main() -> None:
     try:
         app()
     except StrataError as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(75)

@@ -44,9 +44,7 @@ def addresses(workspace: Workspace) -> list[str]:
     """Home, Prefect and MLflow, as printed first and last."""
     from fmcore.tracking.client import shown_uri  # mlflow reads the environment when it is imported
 
-    prefect = os.environ.get(
-        "PREFECT_API_URL", f"embedded, on {Path(os.environ['PREFECT_HOME']) / 'prefect.db'}"
-    )
+    prefect = os.environ.get("PREFECT_API_URL", f"embedded, on {Path(os.environ['PREFECT_HOME']) / 'prefect.db'}")
     return [
         f"home     {workspace.home}",
         f"prefect  {shown_uri(prefect)}",

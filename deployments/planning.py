@@ -50,9 +50,7 @@ def _print_steps(
     from fmcore.planning.explain import estimate_cost, plan_steps, resume_note
 
     on = f" on {parent.uri}" if parent else ""
-    table = Table(
-        "step", "artifact", "", "because", title=f"{recipe.kind} {recipe.name}{on}", title_justify="left"
-    )
+    table = Table("step", "artifact", "", "because", title=f"{recipe.kind} {recipe.name}{on}", title_justify="left")
     planned = plan_steps(steps, store)
     for item in planned:
         name = f"{item.step.name}-{item.step.fingerprint[:8]}"

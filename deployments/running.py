@@ -16,7 +16,7 @@ from deployments.summary import reasons, stage_table
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, ARTIFACT_TYPES, RegisteredModel
 from fmcore.errors import Interrupted
-from fmcore.recipes.stages import LifecycleRecipe, Recipe
+from fmcore.recipes.stages import LifecycleRecipe, Recipe, StageRecipe
 from fmcore.training.progress import Progress as TrainingProgress
 from fmcore.workspace import Workspace
 
@@ -64,37 +64,38 @@ def _run_flow(recipe: Recipe, *, fresh: bool) -> list[RegisteredModel]:
 
 
 def finished_models(recipe: Recipe, workspace: Workspace, store: Store) -> list[RegisteredModel] | None:
-    """What the recipe made, if its every step is done in this home and registry; else None."""
+    """What the recipe made, if its every step is done in this home and registry; else None.
+
+    An empty list: there is no new data.
+    """
+    if not isinstance(recipe, LifecycleRecipe):
+        return _finished(recipe, workspace, store)
+    base = _finished(recipe.pretrain_recipe(), workspace, store)
+    if not base:
+        return None
+    tuned = _finished(recipe.finetune_recipe(parent=base[0].uri), workspace, store)
+    newer = _finished(recipe.continue_recipe(parent=base[0].uri), workspace, store) if tuned else None
+    if tuned is None or newer is None:
+        return None
+    if not newer or newer[0].verdict not in ACCEPTED:
+        return [*base, *tuned, *newer]
+    last = _finished(recipe.finetune_recipe(parent=newer[0].uri), workspace, store)
+    return None if last is None else [*base, *tuned, *newer, *last]
+
+
+def _finished(recipe: StageRecipe, workspace: Workspace, store: Store) -> list[RegisteredModel] | None:
     from fmcore.planning.resolve import resolve_stage, tracking_uri
     from fmcore.tracking.client import connect
     from fmcore.tracking.register import find_registered
 
-    def done(stage: Any) -> RegisteredModel | None:
-        resolved = resolve_stage(stage, workspace, store)
-        if any(
-            store.find_fingerprint(step.fingerprint, ARTIFACT_TYPES[step.kind]) is None
-            for step in resolved.steps
-        ):
-            return None
-        client = connect(tracking_uri(stage.execution, workspace))
-        return find_registered(resolved.steps.model, store, client)
-
-    if not isinstance(recipe, LifecycleRecipe):
-        model = done(recipe)
-        return [model] if model else None
-    base = done(recipe.pretrain_recipe())
-    if base is None:
+    steps = resolve_stage(recipe, workspace, store).steps
+    documents = store.find(steps.documents, Documents)
+    if documents is not None and documents.num_train == 0:
+        return []
+    if any(store.find(step, ARTIFACT_TYPES[step.kind]) is None for step in steps):
         return None
-    models = [base]
-    for make, parent in ((recipe.finetune_recipe, base), (recipe.continue_recipe, base)):
-        model = done(make(parent=parent.uri))
-        if model is None:
-            return None
-        models.append(model)
-    if models[-1].verdict not in ACCEPTED:
-        return models
-    last = done(recipe.finetune_recipe(parent=models[-1].uri))
-    return [*models, last] if last else None
+    model = find_registered(steps.model, store, connect(tracking_uri(recipe.execution, workspace)))
+    return [model] if model else None
 
 
 def _show(models: list[RegisteredModel], store: Store, console: Console) -> int:
@@ -115,9 +116,7 @@ def _print_addresses(workspace: Workspace, console: Console) -> None:
 @contextmanager
 def _logging(console: Console) -> Iterator[None]:
     logger = logging.getLogger("strata")
-    handler = RichHandler(
-        console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S"
-    )
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

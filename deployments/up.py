@@ -35,17 +35,11 @@ def serve(port: int, console: Console) -> None:
     servers = [_start(_prefect_command(port), _prefect_environment(prefect_url), logs / "prefect.log")]
     up_file = workspace.home / UP_FILE
     try:
-        servers.append(
-            _start(_mlflow_command(port + 1, workspace), _mlflow_environment(), logs / "mlflow.log")
-        )
+        servers.append(_start(_mlflow_command(port + 1, workspace), _mlflow_environment(), logs / "mlflow.log"))
         _wait_until_ready(f"{prefect_url}/api/health", servers[0], logs / "prefect.log")
         _wait_until_ready(f"{mlflow_url}/health", servers[1], logs / "mlflow.log")
-        write_json(
-            up_file, {"pid": os.getpid(), "prefect_api_url": f"{prefect_url}/api", "mlflow_url": mlflow_url}
-        )
-        console.print(
-            f"home     {workspace.home}\nprefect  {prefect_url}\nmlflow   {mlflow_url}", highlight=False
-        )
+        write_json(up_file, {"pid": os.getpid(), "prefect_api_url": f"{prefect_url}/api", "mlflow_url": mlflow_url})
+        console.print(f"home     {workspace.home}\nprefect  {prefect_url}\nmlflow   {mlflow_url}", highlight=False)
         console.print("`strata run` joins this Prefect server. Ctrl-C stops both.")
         _watch(servers)
     except KeyboardInterrupt:
@@ -122,6 +116,4 @@ def _stop(server: subprocess.Popen) -> None:
 def _check_free(port: int) -> None:
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
-            raise UserInputError(
-                f"port {port} is taken; choose another with --port (Prefect's, MLflow takes the next)"
-            )
+            raise UserInputError(f"port {port} is taken; choose another with --port (Prefect's, MLflow takes the next)")

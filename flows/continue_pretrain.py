@@ -20,6 +20,4 @@ def continue_pretrain(recipe: ContinueRecipe) -> RegisteredModel | State[None]:
 
 def no_new_data(recipe: ContinueRecipe) -> State[None]:
     """The state a run ends in when the parent's weights have seen every document there is."""
-    return Completed(
-        name="NoNewData", message=f"{recipe.parent} has seen every document of the sources", data=None
-    )
+    return Completed(name="NoNewData", message=f"{recipe.parent} has seen every document of the sources", data=None)

@@ -34,6 +34,10 @@ class StageRecord:
         """The stage is done."""
         self.record.finish(model.fingerprint)
 
+    def found_nothing_new(self) -> None:
+        """The stage is done: the next run looks at the champion anew."""
+        self.record.forget()
+
 
 @contextmanager
 def starting_fresh() -> Iterator[None]:

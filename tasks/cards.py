@@ -46,8 +46,7 @@ def move_progress(artifact: UUID, percent: float) -> None:
 def show_card(stage: Stage, model: RegisteredModel, report: EvalReport) -> None:
     """The stage in a few lines: verdict, scores, where it came from, where to look."""
     rows = [
-        f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |"
-        for name, value, low, high in headline_metrics(report)
+        f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |" for name, value, low, high in headline_metrics(report)
     ]
     link = stage.tracking.url
     tracked = f"[MLflow run]({link})" if link else f"MLflow run `{model.run_id}`"

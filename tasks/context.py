@@ -71,6 +71,4 @@ def finished(artifact: ArtifactT, *, cached: bool) -> ArtifactT | State[Artifact
     if not cached:
         return artifact
     logger.info("%s %s is there already", artifact.kind, artifact.short)
-    return Completed(
-        name="Cached", message=f"{artifact.kind} {artifact.short} was there already", data=artifact
-    )
+    return Completed(name="Cached", message=f"{artifact.kind} {artifact.short} was there already", data=artifact)

@@ -16,8 +16,6 @@ def prepare(data: TextData | TaskData, parent: RegisteredModel | None) -> Docume
     hit = stage.store.find(stage.steps.documents, Documents)
     documents = hit or prepare_documents(stage.steps.documents, data, parent, stage.store)
     stage.tracking.log(lambda run: run.log_sources(source_rows(documents, data)))
-    stage.tracking.log(
-        lambda run: run.log_counts({k: v for k, v in documents.counts.items() if k != "choices"})
-    )
+    stage.tracking.log(lambda run: run.log_counts({k: v for k, v in documents.counts.items() if k != "choices"}))
     show_counts(documents)
     return finished(documents, cached=hit is not None)

@@ -15,7 +15,7 @@ def register(
 ) -> RegisteredModel:
     """Register the next version with its parent linked, and make it champion where the gate says so."""
     stage = current_stage()
-    client, run = stage.tracking.required()
+    client, run = stage.tracking.required()  # a registry that is away ends the run here; all so far is kept
     hit = find_registered(stage.steps.model, stage.store, client)
     model = hit or register_model(
         stage.steps.model, Contender(checkpoint, report, documents, parent), stage.recipe, stage.store, client, run,

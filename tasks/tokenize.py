@@ -9,9 +9,7 @@ from tasks.context import current_stage, finished
 
 
 @task(name="tokenize")
-def tokenize(
-    documents: Documents, tokenizer: Tokenizer | None, parent: RegisteredModel | None
-) -> TokenShards:
+def tokenize(documents: Documents, tokenizer: Tokenizer | None, parent: RegisteredModel | None) -> TokenShards:
     """Turn documents into token ids with a tokenizer trained here, a loaded one, or the parent's."""
     stage = current_stage()
     hit = stage.store.find(stage.steps.shards, TokenShards)

@@ -101,9 +101,7 @@ def _same_as_before(out: Path, identity: dict[str, Any]) -> bool:
     return complete and bool(stamp == identity)
 
 
-def _contents(
-    packages: Packages, installed: dict[str, Path], workers: int
-) -> dict[str, list[dict[str, Any]]]:
+def _contents(packages: Packages, installed: dict[str, Path], workers: int) -> dict[str, list[dict[str, Any]]]:
     """Path below the corpus folder -> its lines."""
     documents = _documents(packages, installed, workers)
     base = documents["base"]
@@ -158,10 +156,7 @@ def _write_all(out: Path, contents: dict[str, list[dict[str, Any]]]) -> dict[str
     (out / STAMP).unlink(missing_ok=True)
     for name in contents:
         _temporary(out / name).replace(out / name)
-    return {
-        name: {"records": len(lines), "bytes": (out / name).stat().st_size}
-        for name, lines in contents.items()
-    }
+    return {name: {"records": len(lines), "bytes": (out / name).stat().st_size} for name, lines in contents.items()}
 
 
 def _temporary(path: Path) -> Path:

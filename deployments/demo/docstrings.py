@@ -153,9 +153,7 @@ def _documents_of(tree: ast.Module, file: SourceFile) -> Iterator[Document]:
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _definitions(
-    body: Iterable[ast.AST], prefix: str, function: Kind
-) -> Iterator[tuple[Definition, str, Kind]]:
+def _definitions(body: Iterable[ast.AST], prefix: str, function: Kind) -> Iterator[tuple[Definition, str, Kind]]:
     """Classes and functions at any depth, with their qualified names.
 
     function: what a function found here is, `method` inside a class.

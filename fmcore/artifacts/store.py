@@ -186,13 +186,9 @@ def load(folder: Path, cls: type[ArtifactT]) -> ArtifactT:
     try:
         record = read_json(folder / RECORD)
     except (OSError, ValueError) as error:
-        raise IntegrityError(
-            f"{folder / RECORD} cannot be read ({error}); remove the folder {folder}"
-        ) from error
+        raise IntegrityError(f"{folder / RECORD} cannot be read ({error}); remove the folder {folder}") from error
     if record.get("record_sha256") != record_digest(record):
-        raise IntegrityError(
-            f"{folder / RECORD} is damaged: it does not match its own sha256; remove {folder}"
-        )
+        raise IntegrityError(f"{folder / RECORD} is damaged: it does not match its own sha256; remove {folder}")
     if record.get("kind") != cls.kind:
         raise StoreError(f"{folder} holds {record.get('kind')!r}, expected {cls.kind!r}")
     fields = {name: record[name] for name in cls.model_fields if name in record}
@@ -201,9 +197,7 @@ def load(folder: Path, cls: type[ArtifactT]) -> ArtifactT:
 
 def record_digest(record: dict[str, Any]) -> str:
     """The sha256 of an artifact's record, which the record itself carries as `record_sha256`."""
-    return sha256_text(
-        canonical_json({key: value for key, value in record.items() if key != "record_sha256"})
-    )
+    return sha256_text(canonical_json({key: value for key, value in record.items() if key != "record_sha256"}))
 
 
 def load_any(folder: Path) -> Artifact:
@@ -224,9 +218,7 @@ def _claim(partial: Path, step: Step, *, keep: bool) -> None:
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files
-    }
+    return {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
 
 
 @cache

@@ -57,9 +57,7 @@ def _source_identity(source: Source, digests: DigestCache) -> dict[str, Any]:
     return {**identity, "files": [digest for digest, _ in files_by_digest(source.path, source.name, digests)]}
 
 
-def prepare_documents(
-    step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store
-) -> Documents:
+def prepare_documents(step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store) -> Documents:
     """Build the documents of `step`. Raises DataError for what cannot be read or is too little."""
 
     def builder(building: Building) -> Fields:
@@ -143,9 +141,7 @@ def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: D
         held_out = ancestors.held_out_ids()
         for source in data.eval_sources:
             rows = read_source(source, _paths(source, digests))
-            _split_source(
-                source.name, rows, data, split, kept=evaluated, forbidden=lambda _: None, holdout=1.0
-            )
+            _split_source(source.name, rows, data, split, kept=evaluated, forbidden=lambda _: None, holdout=1.0)
 
         def forbidden(document_id: str) -> str | None:
             if document_id in evaluated:
@@ -156,9 +152,7 @@ def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: D
 
         for source in data.sources:
             rows = read_source(source, _paths(source, digests))
-            _split_source(
-                source.name, rows, data, split, kept=kept, forbidden=forbidden, holdout=data.holdout
-            )
+            _split_source(source.name, rows, data, split, kept=kept, forbidden=forbidden, holdout=data.holdout)
         counts = split.counts()
     if not any(counts["read"].values()):
         raise DataError("the sources hold no documents: every file is empty")

@@ -49,9 +49,7 @@ def read_json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             values = _json_lines(path, start, file)
         for origin, value in values:
             if not isinstance(value, dict):
-                raise DataError(
-                    f"{origin}: expected a JSON object with named fields, found {_shorten(value)}"
-                )
+                raise DataError(f"{origin}: expected a JSON object with named fields, found {_shorten(value)}")
             yield origin, value
 
 
@@ -74,9 +72,7 @@ def _json_texts(path: Path, source: Source) -> Iterator[RawText]:
     for origin, value in read_json_objects(path):
         text = value.get(source.text_field)
         if not isinstance(text, str):
-            raise DataError(
-                field_message(origin, source.text_field, value, f"text_field of source {source.name}")
-            )
+            raise DataError(field_message(origin, source.text_field, value, f"text_field of source {source.name}"))
         rest = {k: v for k, v in value.items() if k != source.text_field and _is_small(v)}
         yield RawText(origin, text, rest)
 

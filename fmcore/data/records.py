@@ -22,9 +22,7 @@ def task_identity(task: Task, digests: DigestCache) -> dict[str, Any]:
     identity = task.model_dump(exclude={"path", "eval_path"})
     for field in ("path", "eval_path"):
         where = getattr(task, field)
-        identity[field] = (
-            [digest for digest, _ in files_by_digest(where, task.name, digests)] if where else []
-        )
+        identity[field] = [digest for digest, _ in files_by_digest(where, task.name, digests)] if where else []
     return identity
 
 
@@ -110,9 +108,7 @@ class _TaskSplit:
             metadata="{}",
         )
 
-    def _drop_reason(
-        self, prompt: str, response: str, record_id: str, group: str, *, evaluated: bool
-    ) -> str | None:
+    def _drop_reason(self, prompt: str, response: str, record_id: str, group: str, *, evaluated: bool) -> str | None:
         if not prompt:
             return "empty_prompt"
         if not response:

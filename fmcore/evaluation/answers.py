@@ -62,9 +62,7 @@ def answer_records(
             else:
                 answers = _generate(model, tokenizer, prompts, seq_len)
             for (record, _), answer in zip(batch, answers, strict=True):
-                yield Answer(
-                    record.id, int(answer.strip() == record.response.strip()), answer, record.response
-                )
+                yield Answer(record.id, int(answer.strip() == record.response.strip()), answer, record.response)
 
 
 def _generate(
@@ -99,9 +97,7 @@ def _choose(
         targets = ids.to(device)
         hidden = last
         if targets.shape[1] > 1:
-            more = decoder_of(model)(
-                input_ids=targets[:, :-1], past_key_values=cache, use_cache=True
-            ).last_hidden_state
+            more = decoder_of(model)(input_ids=targets[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
             cache.crop(prompts.shape[1])  # the next choice starts from the prompt again
             hidden = torch.cat([last, more], dim=1)  # (B, C, D)
         flat = token_nats(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))

@@ -79,9 +79,7 @@ def _batch_nats(model: PreTrainedModel, windows: list[list[int]]) -> np.ndarray:
     hidden = decoder_of(model)(input_ids=tokens[:, :-1].to(device), use_cache=False).last_hidden_state
     inside = torch.arange(longest) < lengths[:, None]  # (B, T)
     nats = torch.zeros(inside.shape, dtype=torch.float64)
-    nats[inside] = (
-        token_nats(model, hidden[inside.to(device)], tokens[:, 1:][inside].to(device)).cpu().double()
-    )
+    nats[inside] = token_nats(model, hidden[inside.to(device)], tokens[:, 1:][inside].to(device)).cpu().double()
     return nats.sum(-1).numpy()
 
 

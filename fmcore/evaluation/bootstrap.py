@@ -124,17 +124,13 @@ def paired_mean_interval(
     Price 2012), 0/1 answers of which none differs do not pass for a proof that none ever will.
     """
     columns = _columns(a, b)
-    return mean_interval(
-        columns[:, 0] - columns[:, 1], extra=extra, seed=seed, resamples=resamples, level=level
-    )
+    return mean_interval(columns[:, 0] - columns[:, 1], extra=extra, seed=seed, resamples=resamples, level=level)
 
 
 def _columns(*columns: Values) -> np.ndarray:
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     if any(array.ndim != 1 or array.shape != arrays[0].shape for array in arrays):
-        raise ValueError(
-            f"one value per document is expected, got shapes {[array.shape for array in arrays]}"
-        )
+        raise ValueError(f"one value per document is expected, got shapes {[array.shape for array in arrays]}")
     stacked = np.stack(arrays, axis=1)  # (n, columns)
     if not len(stacked):
         raise ValueError("there are no documents to take an interval over")
@@ -160,9 +156,7 @@ def _interval(value: float, low: float, high: float, n: int) -> Interval:
     return Interval(value, low, high, n) if n > 1 else Interval(value, -np.inf, np.inf, n)
 
 
-def _bounds(
-    columns: np.ndarray, statistic: Statistic, seed: int, resamples: int, level: float
-) -> tuple[float, float]:
+def _bounds(columns: np.ndarray, statistic: Statistic, seed: int, resamples: int, level: float) -> tuple[float, float]:
     """Both ends of the expanded percentile interval of a statistic of column sums; columns: (n, k)."""
     tail = _tail(len(columns), level)
     values = statistic(_resampled_sums(columns, seed, resamples))  # (resamples,)

@@ -42,9 +42,7 @@ def judge_contender(
     """
     mine = read_scores(new.report.path)
     theirs = read_scores(
-        evaluate_model(
-            champion, new.documents, new.parent, evaluation, execution, store, on_line=on_line
-        ).path
+        evaluate_model(champion, new.documents, new.parent, evaluation, execution, store, on_line=on_line).path
     )
     own = {name for name, count in new.documents.counts["heldout"].items() if count}
     roles: dict[str, Role] = {name: "target" if name in own else "protected" for name in mine}
@@ -85,17 +83,12 @@ def _on_sets_of(
     parent = champion.parents.get("parent")
     above = store.get(parent, RegisteredModel) if parent else None
     theirs = evaluate_model(champion, documents, above, evaluation, execution, store, on_line=on_line)
-    ours = evaluate_checkpoint_on(
-        new.checkpoint, documents, above, evaluation, execution, store, on_line=on_line
-    )
+    ours = evaluate_checkpoint_on(new.checkpoint, documents, above, evaluation, execution, store, on_line=on_line)
     mine, his = read_scores(ours.path), read_scores(theirs.path)
     taken = set(new.documents.counts["heldout"])
-    rename = {
-        name: f"{name}.{documents.short[:6]}" if name in taken else name for name in mine.keys() & his.keys()
-    }
+    rename = {name: f"{name}.{documents.short[:6]}" if name in taken else name for name in mine.keys() & his.keys()}
     return {
-        renamed: (_named(mine[name], renamed), _named(his[name], renamed))
-        for name, renamed in sorted(rename.items())
+        renamed: (_named(mine[name], renamed), _named(his[name], renamed)) for name, renamed in sorted(rename.items())
     }
 
 

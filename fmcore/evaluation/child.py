@@ -83,9 +83,7 @@ def select_rows(item: EvalSet, spec: EvalSpec, seen: Ledger) -> list[dict[str, A
     return [row for row in rows if row["id"] not in seen][:limit]
 
 
-def samples(
-    spec: EvalSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, str]]:
+def samples(spec: EvalSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """Generated text for the first rows of the stage's own sets: what a person looks at first."""
     made: list[dict[str, str]] = []
     own = [item for item in spec.sets if item.own]
@@ -96,9 +94,7 @@ def samples(
         chat = item.kind == "task"
         prompt = row["prompt"] if chat else " ".join(row["content"].split(" ")[:PROMPT_WORDS])
         text = generate_text(model, tokenizer, prompt, chat=chat, max_new_tokens=spec.sample_tokens)
-        made.append(
-            {"set": item.name, "prompt": prompt, "generated": text, "response": row.get("response", "")}
-        )
+        made.append({"set": item.name, "prompt": prompt, "generated": text, "response": row.get("response", "")})
     return made
 
 

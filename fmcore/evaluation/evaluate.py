@@ -25,9 +25,7 @@ from fmcore.training.train import inherited_spec
 CODE_VERSION = 1
 
 
-def report_step(
-    name: str, evaluation: Evaluation, checkpoint: str, documents: str, parent: str | None
-) -> Step:
+def report_step(name: str, evaluation: Evaluation, checkpoint: str, documents: str, parent: str | None) -> Step:
     """What `evaluate_checkpoint` would make. The sets follow from documents and the parent's checkpoint."""
     parents = {"checkpoint": checkpoint, "documents": documents, **({"parent": parent} if parent else {})}
     return Step("report", name, evaluation.model_dump(), parents, CODE_VERSION)
@@ -63,9 +61,7 @@ def evaluate_model(
 ) -> EvalReport:
     """Score a registered model on the sets that a stage with these documents and this parent is judged by."""
     checkpoint = checkpoint_of(store, model)
-    return evaluate_checkpoint_on(
-        checkpoint, documents, parent, evaluation, execution, store, on_line=on_line
-    )
+    return evaluate_checkpoint_on(checkpoint, documents, parent, evaluation, execution, store, on_line=on_line)
 
 
 def evaluate_checkpoint_on(
@@ -109,16 +105,12 @@ def _build(
     return store.build(step, EvalReport, builder)
 
 
-def evaluation_sets(
-    store: Store, documents: Documents, parent: RegisteredModel | None
-) -> tuple[EvalSet, ...]:
+def evaluation_sets(store: Store, documents: Documents, parent: RegisteredModel | None) -> tuple[EvalSet, ...]:
     """The held-out sets of a stage's documents, then those of its ancestors, the youngest first.
 
     An ancestor's set whose name is taken gets the first digits of its documents' fingerprint behind it.
     """
-    origins = [documents] + [
-        documents_of(store, model) for model in (lineage(store, parent) if parent else ())
-    ]
+    origins = [documents] + [documents_of(store, model) for model in (lineage(store, parent) if parent else ())]
     sets: dict[str, EvalSet] = {}
     seen: set[str] = set()
     for origin in origins:
@@ -179,9 +171,7 @@ def score_metrics(scores: dict[str, SetScores], chance: dict[str, float]) -> dic
     return metrics | {f"eval/{task}/chance": value for task, value in chance.items()}
 
 
-def forgetting_metrics(
-    before: dict[str, SetScores], after: dict[str, SetScores], own: set[str]
-) -> dict[str, float]:
+def forgetting_metrics(before: dict[str, SetScores], after: dict[str, SetScores], own: set[str]) -> dict[str, float]:
     """`forgetting/<set>` for the ancestors' sets and `gain/<set>` for the stage's own, against the parent."""
     metrics: dict[str, Any] = {}
     for name in before.keys() & after.keys():

@@ -77,9 +77,7 @@ class SetScores:
             raise ValueError(f"{self.name}: id {twice} is given twice")
         lost = int(np.sum(~np.isfinite(self.numerators)))
         if lost:
-            raise StrataError(
-                f"{self.name}: {lost} of {len(self.ids)} scores are not finite; the model has diverged"
-            )
+            raise StrataError(f"{self.name}: {lost} of {len(self.ids)} scores are not finite; the model has diverged")
 
 
 @dataclass(frozen=True)
@@ -186,9 +184,7 @@ def loss_interval(new: SetScores, reference: SetScores, level: float = LEVEL) ->
     """
     a, b = paired_rows(new, reference)
     if new.kind == "task":
-        return paired_mean_interval(
-            reference.numerators[b], new.numerators[a], extra=LOST_AND_WON, level=level
-        )
+        return paired_mean_interval(reference.numerators[b], new.numerators[a], extra=LOST_AND_WON, level=level)
     return paired_ratio_interval(
         new.numerators[a],
         new.denominators[a],
@@ -201,9 +197,7 @@ def loss_interval(new: SetScores, reference: SetScores, level: float = LEVEL) ->
 def paired_rows(new: SetScores, reference: SetScores) -> tuple[np.ndarray, np.ndarray]:
     """Rows of both for the ids that both have, in the order of ids; both (n,)."""
     if (new.name, new.kind) != (reference.name, reference.kind):
-        raise ValueError(
-            f"{new.name} ({new.kind}) cannot be compared with {reference.name} ({reference.kind})"
-        )
+        raise ValueError(f"{new.name} ({new.kind}) cannot be compared with {reference.name} ({reference.kind})")
     rows_a = {identity: row for row, identity in enumerate(new.ids)}
     rows_b = {identity: row for row, identity in enumerate(reference.ids)}
     both = sorted(rows_a.keys() & rows_b.keys())

@@ -24,9 +24,7 @@ def read_scores(folder: Path) -> dict[str, SetScores]:
 
 def _scores(name: str, kind: str, rows: list[tuple[str, float, float]]) -> SetScores:
     ids, numerators, denominators = zip(*rows, strict=True)
-    return SetScores(
-        name, kind, list(ids), np.array(numerators, dtype=float), np.array(denominators, dtype=float)
-    )
+    return SetScores(name, kind, list(ids), np.array(numerators, dtype=float), np.array(denominators, dtype=float))
 
 
 def chance_levels(folder: Path) -> dict[str, float]:

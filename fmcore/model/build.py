@@ -13,9 +13,7 @@ from fmcore.model.weights import Weights
 ATTENTION = "sdpa"
 
 
-def build_model(
-    fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int
-) -> PreTrainedModel:
+def build_model(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> PreTrainedModel:
     """A decoder with fresh weights, fp32. Raises RecipeError where transformers refuses the fields."""
     fields = {
         "vocab_size": len(tokenizer),
@@ -32,9 +30,7 @@ def build_model(
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         raise RecipeError(f"model.config: transformers cannot build this model: {error}") from error
     if len(tokenizer) > config.vocab_size:
-        raise RecipeError(
-            f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)}"
-        )
+        raise RecipeError(f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)}")
     return check_supported(model)
 
 

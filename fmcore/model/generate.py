@@ -21,9 +21,7 @@ def generate_ids(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **sampling,
     )  # fmt: skip
     rows = output[:, prompts.shape[1] :].tolist()
-    return [
-        row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows
-    ]
+    return [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows]
 
 
 def generate_text(

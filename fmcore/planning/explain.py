@@ -118,9 +118,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:8]}..."
 
 
-def estimate_cost(
-    recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store
-) -> Cost:
+def estimate_cost(recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store) -> Cost:
     """Tokens, epochs and time of the training, exact where the shards exist, else from the sources' bytes."""
     shards = store.find(steps.shards, TokenShards)
     own = sum(shards.num_tokens.values()) if shards else _guess_tokens(recipe, steps, store)
@@ -149,9 +147,7 @@ def _guess_tokens(recipe: StageRecipe, steps: StageSteps, store: Store) -> int:
     return int(sum(path.stat().st_size for path in files) / BYTES_PER_TOKEN)
 
 
-def _parameters(
-    recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store
-) -> int:
+def _parameters(recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store) -> int:
     if isinstance(recipe, PretrainRecipe):
         vocabulary = shards.vocab_size if shards else recipe.tokenizer.vocab_size
         return estimate_parameters(model_fields(recipe.model), vocabulary)

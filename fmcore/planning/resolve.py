@@ -33,9 +33,7 @@ def tracking_uri(execution: Execution, workspace: Workspace) -> str:
     return execution.tracking_uri or workspace.tracking_uri
 
 
-def resolve_stage(
-    recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False
-) -> ResolvedStage:
+def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False) -> ResolvedStage:
     """Resolve a recipe. fresh: forget an unfinished run of it.
 
     Raises UnknownModelError where the parent does not exist or was refused, DataError for missing sources,
@@ -46,11 +44,7 @@ def resolve_stage(
     record = RunRecord(workspace.runs, identity)
     if fresh:
         record.forget()
-    parent = (
-        None
-        if isinstance(recipe, PretrainRecipe)
-        else resolve_parent(recipe.parent, connect(uri), store, record)
-    )
+    parent = None if isinstance(recipe, PretrainRecipe) else resolve_parent(recipe.parent, connect(uri), store, record)
     reference = ParentRef(parent.model, parent.fingerprint, parent.parents["checkpoint"]) if parent else None
     steps = stage_steps(recipe, reference, store.digests)
     if fresh:

@@ -76,9 +76,7 @@ def stage_steps(recipe: StageRecipe, parent: ParentRef | None, digests: DigestCa
     """All steps of a stage. Reads the sources' bytes (or remembers their digests), builds nothing."""
     above = parent.checkpoint if parent else None
     documents = documents_step(recipe.name, recipe.data, above, digests)
-    shards = shards_step(
-        recipe.name, documents.fingerprint, tokenizer_of(recipe), record_length(recipe), above
-    )
+    shards = shards_step(recipe.name, documents.fingerprint, tokenizer_of(recipe), record_length(recipe), above)
     checkpoint = checkpoint_step(recipe, shards.fingerprint, above)
     report = report_step(recipe.name, recipe.evaluate, checkpoint.fingerprint, documents.fingerprint, above)
     model = model_step(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmcore.errors import StrataError
-from fmcore.process.launch import EXIT_INTERRUPTED, EXIT_REFUSED
+from fmcore.process.launch import EXIT_INTERRUPTED, EXIT_REFUSED, PARENT_VARIABLE
 
 WATCH_SECONDS = 0.5
 
@@ -20,7 +20,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._parent = os.getppid()
+        self._parent = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from fmcore.errors import Interrupted, TrainingError
 
 POLL_SECONDS = 0.2
+PARENT_VARIABLE = "STRATA_PARENT_PID"  # a parent that dies while the child still imports must be missed, too
 EXIT_INTERRUPTED = 75  # saved on request, to be resumed
 EXIT_REFUSED = 2  # the child says in error.txt what is wrong; another attempt would end the same way
 
@@ -48,23 +49,33 @@ class Child:
             heartbeat.touch()
             # -P: a foreign tasks.py in the working directory must not shadow ours
             command = [sys.executable, "-P", "-m", self._module, str(self._folder / "spec.json")]
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
-                env=child_environment(os.environ, self._threads), pass_fds=(self._lock,), start_new_session=True,
-            )  # fmt: skip
-        tail = _Tail(log, offset, on_line)
-        try:
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
+            process: subprocess.Popen | None = None
+            tail = _Tail(log, offset, on_line)
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=subprocess.STDOUT,
+                    env=child_environment(os.environ, self._threads),
+                    pass_fds=(self._lock,),
+                    start_new_session=True,
+                )
+                self._watch(process, heartbeat, tail, on_poll)
+            finally:
+                if process is not None:
+                    self._stop(process)
                 tail.read()
-                on_poll()
-                if time.time() - heartbeat.stat().st_mtime > self._hang_timeout_s:
-                    self._kill_hung(process)
-        finally:
-            self._stop(process)
-            tail.read()
         on_poll()
         self._raise_for(process.returncode, tail.last_lines)
+
+    def _watch(self, process: subprocess.Popen, heartbeat: Path, tail: "_Tail", on_poll: Callable[[], None]) -> None:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            tail.read()
+            on_poll()
+            if time.time() - heartbeat.stat().st_mtime > self._hang_timeout_s:
+                self._kill_hung(process)
 
     def _stop(self, process: subprocess.Popen) -> None:
         """Ask the child to save and go, then make it go."""
@@ -74,8 +85,11 @@ class Child:
         try:
             process.wait(self._grace_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            pass
+        finally:  # also when a second signal ends our waiting
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def _kill_hung(self, process: subprocess.Popen) -> None:
         process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack into the log
@@ -105,7 +119,7 @@ def child_environment(environment: Mapping[str, str], threads: int) -> dict[str,
     """The environment of a child: allocator settings and thread counts, unless the user set their own."""
     defaults = {**ALLOCATOR, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
-    return {**defaults, **environment, **counts}
+    return {**defaults, **environment, **counts, PARENT_VARIABLE: str(os.getpid())}
 
 
 class _Tail:

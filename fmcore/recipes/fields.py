@@ -21,9 +21,7 @@ class Source(Block):
 
     name: str = Field(pattern=NAME_PATTERN, description="Name of the source in metrics and counts.")
     path: str = Field(description="A file, a folder or a glob; .gz and .zst are read as they are.")
-    format: Literal["text", "json"] = Field(
-        "text", description="text, or json (JSON lines or one JSON list)."
-    )
+    format: Literal["text", "json"] = Field("text", description="text, or json (JSON lines or one JSON list).")
     text_field: str = Field("text", description="json: the field that holds the text.")
     split_on: Literal["file", "blank_line", "line"] = Field(
         "file",
@@ -33,9 +31,7 @@ class Source(Block):
     weight: float = Field(
         0, ge=0, description="Share of the training samples, relative to the other sources; 0 = by tokens."
     )
-    max_epochs: float = Field(
-        0, ge=0, description="Refuse to repeat this source more often than this; 0 = no limit."
-    )
+    max_epochs: float = Field(0, ge=0, description="Refuse to repeat this source more often than this; 0 = no limit.")
 
 
 class Filters(Block):
@@ -88,9 +84,7 @@ class Task(Block):
         "",
         description="Records that share this field's value stay on one side of the split; empty = the prompt.",
     )
-    holdout: float = Field(
-        0.1, gt=0, lt=1, description="Fraction of the groups kept for evaluation, chosen by hash."
-    )
+    holdout: float = Field(0.1, gt=0, lt=1, description="Fraction of the groups kept for evaluation, chosen by hash.")
     eval_path: str = Field("", description="Records to evaluate on instead of a held-out fraction.")
     choices: list[str] = Field(
         default=[],
@@ -141,9 +135,7 @@ class Optimization(Block):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
-    decay_fraction: float = Field(
-        0.15, gt=0, le=1, description="wsd: share of the steps in which the rate decays."
-    )
+    decay_fraction: float = Field(0.15, gt=0, le=1, description="wsd: share of the steps in which the rate decays.")
 
     @model_validator(mode="after")
     def _check(self) -> "Optimization":
@@ -155,16 +147,12 @@ class Optimization(Block):
 class PretrainTrain(Optimization):
     """Training from scratch."""
 
-    epochs: float = Field(
-        0, ge=0, description="Passes over the training tokens; 0 = by tokens, or 1 without them."
-    )
+    epochs: float = Field(0, ge=0, description="Passes over the training tokens; 0 = by tokens, or 1 without them.")
     seq_len: int = Field(256, ge=8, description="Context length in tokens.")
     batch_tokens: int = Field(8192, ge=8, description="Tokens in one optimizer step.")
     lr: float = Field(2e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["wsd", "cosine"] = Field("wsd", description="wsd (warmup, stable, decay) or cosine.")
-    warmup_fraction: float = Field(
-        0.02, ge=0, lt=1, description="Share of the steps in which the rate rises."
-    )
+    warmup_fraction: float = Field(0.02, ge=0, lt=1, description="Share of the steps in which the rate rises.")
 
 
 class FinetuneTrain(Optimization):
@@ -175,18 +163,14 @@ class FinetuneTrain(Optimization):
     batch_tokens: int = Field(4096, ge=8, description="Token positions in one optimizer step.")
     lr: float = Field(0, ge=0, description="Peak learning rate; 0 = 3e-4 for full, 3e-3 for lora.")
     schedule: Literal["wsd", "cosine"] = Field("cosine", description="wsd (warmup, stable, decay) or cosine.")
-    warmup_fraction: float = Field(
-        0.03, ge=0, lt=1, description="Share of the steps in which the rate rises."
-    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     weight_decay: float = Field(0, ge=0, description="AdamW weight decay, on matrices alone.")
 
 
 class ContinueTrain(Optimization):
     """Training on from a base's stable checkpoint, at its stable rate, then decay."""
 
-    epochs: float = Field(
-        0, ge=0, description="Passes over the new tokens; 0 = by tokens, or 1 without them."
-    )
+    epochs: float = Field(0, ge=0, description="Passes over the new tokens; 0 = by tokens, or 1 without them.")
     lr: float = Field(0, ge=0, description="Learning rate; 0 = the parent's stable rate.")
     batch_tokens: int = Field(0, ge=0, description="Tokens in one optimizer step; 0 = the parent's.")
 
@@ -214,9 +198,7 @@ class Replay(Block):
 class Evaluation(Block):
     """How much is evaluated."""
 
-    max_documents: int = Field(
-        500, ge=10, description="Held-out documents scored per set, lowest hash first."
-    )
+    max_documents: int = Field(500, ge=10, description="Held-out documents scored per set, lowest hash first.")
     max_examples: int = Field(1000, ge=10, description="Held-out records scored per task, lowest hash first.")
     num_samples: int = Field(3, ge=0, description="Texts generated for the report.")
     sample_tokens: int = Field(48, ge=1, description="Longest generated text, in tokens.")
@@ -241,9 +223,7 @@ class Gate(Block):
 class Register(Block):
     """Under which name the model is registered."""
 
-    model: str = Field(
-        "", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", description="Model name; empty = the recipe's."
-    )
+    model: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", description="Model name; empty = the recipe's.")
 
 
 class Execution(Block):
@@ -258,13 +238,9 @@ class Execution(Block):
     )
     save_interval_s: float = Field(30, ge=0, description="Seconds between two saves of the training state.")
     grace_s: float = Field(20, gt=0, description="Seconds that training has to save when it is stopped.")
-    hang_timeout_s: float = Field(
-        600, gt=0, description="Seconds without a heartbeat after which training is killed."
-    )
+    hang_timeout_s: float = Field(600, gt=0, description="Seconds without a heartbeat after which training is killed.")
     retries: int = Field(1, ge=0, description="How often a crashed training is resumed before the run fails.")
-    tracking_uri: str = Field(
-        "", description="MLflow tracking URI; empty = MLFLOW_TRACKING_URI, or the home's own."
-    )
+    tracking_uri: str = Field("", description="MLflow tracking URI; empty = MLFLOW_TRACKING_URI, or the home's own.")
 
 
 def _unique(names: list[str], what: str) -> None:

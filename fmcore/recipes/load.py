@@ -76,9 +76,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     return parse_recipe(_absolute(data, path.resolve().parent), where=str(path), lines=lines)
 
 
-def parse_recipe(
-    data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None
-) -> Recipe:
+def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
     """Validate a mapping into the recipe class its `kind` names."""
     kind = data.get("kind")
     if kind not in RECIPES:
@@ -188,9 +186,7 @@ def _child(target: Any, part: str, override: str) -> Any:
 
 def _index(target: list, part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(target):
-        raise RecipeError(
-            f"--set {override}: {part!r} is no entry of a list of {len(target)} (the first is 0)"
-        )
+        raise RecipeError(f"--set {override}: {part!r} is no entry of a list of {len(target)} (the first is 0)")
     return int(part)
 
 
@@ -200,9 +196,7 @@ def _absolute(value: Any, folder: Path) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key: _absolute_path(item, folder)
-        if key in PATH_FIELDS and isinstance(item, str)
-        else _absolute(item, folder)
+        key: _absolute_path(item, folder) if key in PATH_FIELDS and isinstance(item, str) else _absolute(item, folder)
         for key, item in value.items()
     }
 

@@ -38,9 +38,7 @@ class PretrainStage(Block):
     train: PretrainTrain = Field(PretrainTrain(), description="How long and how fast to train.")
     evaluate: Evaluation = Field(Evaluation(), description="How much is evaluated.")
     gate: Gate = Field(Gate(), description="When the version may become champion.")
-    register_: Register = Field(
-        Register(), alias="register", description="Under which name it is registered."
-    )
+    register_: Register = Field(Register(), alias="register", description="Under which name it is registered.")
 
 
 class FinetuneStage(Block):
@@ -70,9 +68,7 @@ class ContinueStage(Block):
 
 
 class _Header(Block):
-    name: str = Field(
-        pattern=NAME_PATTERN, description="Name of the recipe, for people; no part of any identity."
-    )
+    name: str = Field(pattern=NAME_PATTERN, description="Name of the recipe, for people; no part of any identity.")
     seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of the data.")
     execution: Execution = Field(Execution(), description="How to run; never changes what comes out.")
 

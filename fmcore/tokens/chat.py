@@ -35,7 +35,5 @@ def _user(prompt: str) -> dict[str, str]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool) -> list[int]:
-    rendered = tokenizer.apply_chat_template(
-        messages, return_dict=True, sanitize_control_tokens=True, **options
-    )
+    rendered = tokenizer.apply_chat_template(messages, return_dict=True, sanitize_control_tokens=True, **options)
     return list(rendered["input_ids"])

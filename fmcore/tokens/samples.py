@@ -58,9 +58,7 @@ class TextSamples:
         starts = offsets[begin:end] - first  # documents that begin inside the window
         labels = tokens[1:].copy()
         labels[starts - 1] = IGNORE  # what follows an end of document is another document
-        return _padded(
-            tokens[: len(labels)], labels, starts[starts < len(labels)], self._seq_len, self._pad_id
-        )
+        return _padded(tokens[: len(labels)], labels, starts[starts < len(labels)], self._seq_len, self._pad_id)
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
         first = indices * self._seq_len
@@ -111,9 +109,7 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
     return max(0, -(-(num_tokens - 1) // seq_len))
 
 
-def open_samples(
-    shards: Path, source: str, *, form: str, vocab_size: int, seq_len: int, pad_id: int
-) -> Samples:
+def open_samples(shards: Path, source: str, *, form: str, vocab_size: int, seq_len: int, pad_id: int) -> Samples:
     """The samples of one source of a shards artifact."""
     stream = Stream(shards / source, vocab_size)
     if form == "records":

@@ -56,9 +56,7 @@ def _tokenizer_identity(tokenizer: Tokenizer | None) -> Any:
     folder = Path(tokenizer.path)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
-        raise DataError(
-            f"tokenizer.path: {folder} holds no tokenizer.json; expected a folder in transformers' format"
-        )
+        raise DataError(f"tokenizer.path: {folder} holds no tokenizer.json; expected a folder in transformers' format")
     return {"digest": hashlib.sha256("".join(sha256_file(f) for f in files).encode()).hexdigest()}
 
 
@@ -136,9 +134,7 @@ def _write_text(folder: Path, path: Path, tokenizer: Any) -> dict[str, Any]:
     return {"documents": writer.num_documents, "num_tokens": writer.num_tokens}
 
 
-def _write_records(
-    folder: Path, path: Path, tokenizer: Any, seq_len: int, held_out: set[str]
-) -> dict[str, Any]:
+def _write_records(folder: Path, path: Path, tokenizer: Any, seq_len: int, held_out: set[str]) -> dict[str, Any]:
     from fmcore.tokens.chat import encode_example
     from fmcore.tokens.packing import pack_best_fit, write_plan
     from fmcore.tokens.shards import StreamWriter

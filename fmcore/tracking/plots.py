@@ -72,15 +72,11 @@ def _draw_lr(axes: Axes, rows: Rows) -> None:
 
 def _draw_sources(axes: Axes, rows: Rows) -> None:
     names = sorted({name for row in rows for name in row.get("sources") or {}})
-    shares = [
-        np.array([(row.get("sources") or {}).get(name, 0.0) for row in rows], dtype=float) for name in names
-    ]
+    shares = [np.array([(row.get("sources") or {}).get(name, 0.0) for row in rows], dtype=float) for name in names]
     smoothed = [_smoothed(share) for share in shares]
     window = smoothed[0][1]
     axes.stackplot(_column(rows, "step"), [mean for mean, _ in smoothed], labels=names, alpha=0.85)
-    axes.set(
-        title=f"Sources, mean of {window} step(s)", xlabel="step", ylabel="fraction of the step's tokens"
-    )
+    axes.set(title=f"Sources, mean of {window} step(s)", xlabel="step", ylabel="fraction of the step's tokens")
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)

@@ -14,9 +14,7 @@ def promote(client: MlflowClient, model: RegisteredModel, reason: str, *, lock: 
     """Move `champion` to this version. Its accepted losses reset the margin: see `judge_contender`."""
     with exclusive(lock), talking_to(client):
         version = str(model.version)
-        client.set_model_version_tag(
-            model.model, version, names.REGRESSION_ACCEPTED, without_credentials(reason)
-        )
+        client.set_model_version_tag(model.model, version, names.REGRESSION_ACCEPTED, without_credentials(reason))
         client.set_registered_model_alias(model.model, names.CHAMPION, version)
         if client.get_registered_model(model.model).aliases.get(names.CHALLENGER) == model.version:
             client.delete_registered_model_alias(model.model, names.CHALLENGER)

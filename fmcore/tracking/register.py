@@ -8,15 +8,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 
+from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import EvalReport, RegisteredModel
 from fmcore.errors import TrackingError
 from fmcore.evaluation.champions import Contender, judge_contender
-from fmcore.evaluation.gate import Decision
 from fmcore.recipes.stages import StageRecipe
 from fmcore.tracking import names, registry
 from fmcore.tracking.client import talking_to
@@ -24,6 +25,7 @@ from fmcore.tracking.description import describe
 from fmcore.tracking.registry import ModelRef
 from fmcore.tracking.runs import StageRun
 
+DECISION_FILE = "decision.json"
 ATTEMPTS = 3  # a champion that changes under our hands is compared with again
 
 
@@ -58,19 +60,21 @@ def register_model(
     def builder(building: Building) -> Fields:
         for attempt in range(ATTEMPTS):
             champion = registry.champion(client, str(step.config["model"]))
-            decision = _decide(contender, champion, step, recipe, store, client, on_line)
+            if champion is None or champion.fingerprint != step.fingerprint:
+                decision = _decide(contender, champion, recipe, store, client, on_line)
+                write_json(building.path / DECISION_FILE, decision)
+            else:  # an attempt that was killed made it champion already; its decision stands
+                decision = read_json(building.path / DECISION_FILE)
             ref = _publish(building.path, step, contender, recipe, client, run, decision, prefect_url)
             lock = store.root / "model" / ".locks" / f"champion-{ref.name}"
             try:
-                registry.decide(
-                    client, ref, decision.verdict, expected_champion=_other(champion, ref), lock=lock
-                )
+                registry.decide(client, ref, decision["verdict"], expected_champion=champion, lock=lock)
                 break
             except TrackingError:
                 if attempt == ATTEMPTS - 1 or registry.champion(client, ref.name) == champion:
                     raise
                 on_line(f"the champion of {ref.name} has changed meanwhile; comparing again")
-        run.set_tags({names.VERDICT: decision.verdict})
+        run.set_tags({names.VERDICT: decision["verdict"]})
         return {
             "model": ref.name,
             "version": ref.version,
@@ -78,26 +82,25 @@ def register_model(
             "run_id": run.run_id,
             "stage": recipe.kind,
             "method": contender.checkpoint.method,
-            "verdict": decision.verdict,
-            "reasons": decision.reasons,
             "counts": {},
+            **decision,
         }
 
-    return store.build(step, RegisteredModel, builder)
-
-
-def _other(champion: ModelRef | None, ref: ModelRef) -> ModelRef | None:
-    """The champion to expect: an earlier attempt may have made this very version champion already."""
-    return None if champion == ref else champion
+    return store.build(step, RegisteredModel, builder, resumable=True)
 
 
 def _decide(
-    contender: Contender, champion: ModelRef | None, step: Step, recipe: StageRecipe, store: Store,
-    client: MlflowClient, on_line: Callable[[str], None],
-) -> Decision:  # fmt: skip
-    if champion is None or champion.fingerprint == step.fingerprint:
-        return Decision("FIRST", (), ("the first version of its name",))
-    return judge_contender(
+    contender: Contender,
+    champion: ModelRef | None,
+    recipe: StageRecipe,
+    store: Store,
+    client: MlflowClient,
+    on_line: Callable[[str], None],
+) -> dict[str, Any]:
+    """verdict, reasons and predecessor, as the registered model keeps them."""
+    if champion is None:
+        return {"verdict": "FIRST", "reasons": ["the first version of its name"], "predecessor": ""}
+    decision = judge_contender(
         contender,
         store.get(champion.fingerprint, RegisteredModel),
         recipe.gate,
@@ -107,6 +110,11 @@ def _decide(
         is_reset=lambda model: regression_accepted(client, model),
         on_line=on_line,
     )
+    return {
+        "verdict": decision.verdict,
+        "reasons": list(decision.reasons),
+        "predecessor": champion.fingerprint,
+    }
 
 
 def regression_accepted(client: MlflowClient, model: RegisteredModel) -> bool:
@@ -118,7 +126,7 @@ def regression_accepted(client: MlflowClient, model: RegisteredModel) -> bool:
 
 def _publish(
     folder: Path, step: Step, contender: Contender, recipe: StageRecipe, client: MlflowClient, run: StageRun,
-    decision: Decision, prefect_url: str | None,
+    decision: dict[str, Any], prefect_url: str | None,
 ) -> ModelRef:  # fmt: skip
     parent = contender.parent
     name = str(step.config["model"])
@@ -128,8 +136,8 @@ def _publish(
         method=contender.checkpoint.method,
         parent=parent.uri if parent else None,
         prefect_url=prefect_url,
-        verdict=decision.verdict,
-        reasons=decision.reasons,
+        verdict=decision["verdict"],
+        reasons=decision["reasons"],
     )
     (folder / "README.md").write_text(_model_card(name, description, contender.report), encoding="utf-8")
     upload = folder / "upload"

@@ -25,10 +25,11 @@ CLOSE_SECONDS = 10.0
 class StageTracking:
     """The run of one stage (or of a whole pipeline) while it runs; `run` is None where MLflow is away."""
 
-    def __init__(self, uri: str, client: MlflowClient | None, run: StageRun | None, sent: Path) -> None:
+    def __init__(self, uri: str, open_run: Callable[[], tuple[MlflowClient, StageRun]], sent: Path) -> None:
         self.uri = uri
-        self._client = client
-        self.run = run
+        self._open_run = open_run
+        self._client: MlflowClient | None = None
+        self.run: StageRun | None = None
         self._sent = sent
         self._warned = False
 
@@ -38,19 +39,27 @@ class StageTracking:
         record: Path, recipe: Mapping[str, Any],
     ) -> "StageTracking":  # fmt: skip
         """Open the run, or go on without one where the server does not answer."""
-        sent = record.with_suffix(".sent.json")
-        try:
+
+        def open_run() -> tuple[MlflowClient, StageRun]:
             client = connect(uri)
-            experiment = experiment_id(client, EXPERIMENT, home)
             run = start_run(
-                client, experiment=experiment, name=name, identity=identity, tags=tags,
-                parent_run_id=parent_run_id, record=record,
-            )  # fmt: skip
+                client,
+                experiment=experiment_id(client, EXPERIMENT, home),
+                name=name,
+                identity=identity,
+                tags=tags,
+                parent_run_id=parent_run_id,
+                record=record,
+            )
             run.log_recipe(recipe)
+            return client, run
+
+        tracking = cls(uri, open_run, record.with_suffix(".sent.json"))
+        try:
+            tracking.required()
         except TrackingError as error:
             logger.warning("going on without tracking: %s", error)
-            return cls(uri, None, None, sent)
-        return cls(uri, client, run, sent)
+        return tracking
 
     def log(self, action: Callable[[StageRun], None]) -> None:
         """Try to log something; a failing server is warned about once."""
@@ -64,12 +73,12 @@ class StageTracking:
             self._warned = True
 
     def required(self) -> tuple[MlflowClient, StageRun]:
-        """Client and run, for what cannot do without. Raises TrackingError where MLflow is away."""
+        """Client and run, for what cannot do without; asked again where MLflow was away when the run began.
+
+        Raises TrackingError.
+        """
         if self._client is None or self.run is None:
-            raise TrackingError(
-                f"the model cannot be registered, since MLflow did not answer when this run began. Everything made "
-                f"so far is kept: start the server ({without_credentials(self.uri)}) and run the same command again"
-            )
+            self._client, self.run = self._open_run()
         return self._client, self.run
 
     @contextmanager
@@ -93,6 +102,4 @@ class StageTracking:
         """The run's page, where the tracking address is a server's."""
         if self.run is None or not self.uri.startswith("http"):
             return None
-        return (
-            f"{without_credentials(self.uri)}/#/experiments/{self.run.experiment_id}/runs/{self.run.run_id}"
-        )
+        return f"{without_credentials(self.uri)}/#/experiments/{self.run.experiment_id}/runs/{self.run.run_id}"

@@ -92,9 +92,7 @@ def ref_of(version: ModelVersion) -> ModelRef:
             f"{version.name}/{version.version} is in the registry, but Strata did not register it: its tags "
             f"{names.FINGERPRINT} and {names.MODEL_ID} are missing. Name a version that `strata list` shows."
         )
-    return ModelRef(
-        version.name, int(version.version), version.tags[names.FINGERPRINT], version.tags[names.MODEL_ID]
-    )
+    return ModelRef(version.name, int(version.version), version.tags[names.FINGERPRINT], version.tags[names.MODEL_ID])
 
 
 def list_models(client: MlflowClient) -> list[ModelRow]:
@@ -137,8 +135,7 @@ def _parse(reference: str) -> tuple[str, str, int | None]:
         version = int(number) if wellformed and slash else None
     if not wellformed:
         raise UnknownModelError(
-            f"{reference!r} is no model reference; expected name@alias, name/version or name, "
-            f"as in plays@champion"
+            f"{reference!r} is no model reference; expected name@alias, name/version or name, as in plays@champion"
         )
     return name, alias, version
 

@@ -51,9 +51,7 @@ class Batches:
     def __init__(self, spec: TrainSpec, pad_id: int) -> None:
         self.pools = [[_Source(m, spec.seq_len, pad_id) for m in pool.members] for pool in spec.pools]
         self._starts = [np.cumsum([0, *map(len, pool)]) for pool in self.pools]
-        pools = tuple(
-            Pool(pool.weight, int(starts[-1])) for pool, starts in zip(spec.pools, self._starts, strict=True)
-        )
+        pools = tuple(Pool(pool.weight, int(starts[-1])) for pool, starts in zip(spec.pools, self._starts, strict=True))
         self.order = Order(spec.seed, pools, spec.batch_samples, spec.num_samples)
 
     def at(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:

@@ -75,9 +75,7 @@ def write_state(folder: Path, trainee: Trainee, state: TrainState) -> None:
     temporary.mkdir(parents=True)
     trainee.save(temporary)
     write_json(temporary / "state.json", state.model_dump())
-    manifest = {
-        p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in sorted(temporary.iterdir())
-    }
+    manifest = {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in sorted(temporary.iterdir())}
     write_json(temporary / "manifest.json", manifest)
     fsync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fmcore.artifacts.files import read_json, write_json
+from fmcore.artifacts.store import package_versions
 from fmcore.data.ledger import ID_TYPE, Ledger, write_ledger
 from fmcore.model.adapters import add_lora, save_adapter
 from fmcore.model.build import build_model, open_model
 from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
-from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
+from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest, save_latest
 from fmcore.training.loop import train
 from fmcore.training.optimizer import make_adamw
 from fmcore.training.spec import TrainSpec
@@ -46,6 +47,8 @@ def main(path: Path) -> bool:
         state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len))
         if spec.optimizer:
             trainee.load_optimizer(spec.optimizer)
+        save_latest(folder / "latest", trainee, state)  # threads and micro-batch hold from the first step on
+    warn_of_other_packages(state)
     _announce(spec, trained, state)
     batches = Batches(spec, pad_id=pad_id(tokenizer))
     if not train(spec, folder, model, trainee, batches, state, stop, heartbeat):
@@ -80,6 +83,14 @@ def pick_device(device: str) -> torch.device:
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of padding; it is never in the loss, so eos will do where there is none."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def warn_of_other_packages(state: TrainState) -> None:
+    """The bits of a result depend on these versions; a resume under others is right, but not to the bit."""
+    now = package_versions()
+    changed = [f"{name} {then} -> {now.get(name)}" for name, then in state.packages.items() if now.get(name) != then]
+    if changed:
+        print(f"WARNING: resuming under other versions ({', '.join(changed)}); the last bits may differ")
 
 
 def _announce(spec: TrainSpec, model: torch.nn.Module, state: TrainState) -> None:

@@ -22,9 +22,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_head = (
-            torch.zeros_like(head) if need_head else None
-        )  # the head's gradient only where it is trained
+        grad_head = torch.zeros_like(head) if need_head else None  # the head's gradient only where it is trained
         total = hidden.new_zeros(())
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
@@ -45,9 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / denominator
 
     @staticmethod
-    def backward(
-        ctx: Any, upstream: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             grad_hidden * upstream if grad_hidden is not None else None,
@@ -57,9 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def next_token_loss(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, denominator: float
-) -> torch.Tensor:
+def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, denominator: float) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labelled positions and divided by `denominator`.
 
     hidden: (B, T, D). head: (V, D). labels: (B, T), the next token or -100. denominator: the labelled tokens

@@ -19,9 +19,7 @@ def make_adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def state_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
-) -> dict[str, torch.Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """`<parameter>/<state>` -> tensor."""
     return {
         f"{names[parameter]}/{key}": state[key].contiguous()
@@ -37,9 +35,7 @@ def load_state(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[parameter]
-            state = {
-                key: tensors[f"{name}/{key}"].clone() for key in STATE_NAMES if f"{name}/{key}" in tensors
-            }
+            state = {key: tensors[f"{name}/{key}"].clone() for key in STATE_NAMES if f"{name}/{key}" in tensors}
             if state:
                 device = parameter.device
                 optimizer.state[parameter] = {key: tensor.to(device) for key, tensor in state.items()}

@@ -35,8 +35,6 @@ class Schedule(BaseModel):
             return self.peak_lr * (step + 1) / self.warmup_steps
         if self.kind == "cosine":
             progress = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
-            return self.peak_lr * (
-                COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
-            )
+            return self.peak_lr * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
         into_decay = step - (self.num_steps - self.decay_steps)
         return self.peak_lr * (1 - math.sqrt(max(0, into_decay) / self.decay_steps))

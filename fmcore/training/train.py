@@ -55,9 +55,7 @@ def checkpoint_step(recipe: StageRecipe, shards: str, parent: str | None) -> Ste
         if recipe.method == "lora":
             config["lora"] = recipe.lora.model_dump()
     else:
-        config["sources"] = {
-            s.name: {"weight": s.weight, "max_epochs": s.max_epochs} for s in recipe.data.sources
-        }
+        config["sources"] = {s.name: {"weight": s.weight, "max_epochs": s.max_epochs} for s in recipe.data.sources}
     if isinstance(recipe, PretrainRecipe):
         config["model"] = model_fields(recipe.model)
     if isinstance(recipe, ContinueRecipe):
@@ -74,8 +72,8 @@ def train_checkpoint(
     store: Store,
     *,
     on_line: Callable[[str], None] = print,
-    watch: Callable[[Path, TrainSpec], AbstractContextManager[Callable[[], None]]] = lambda path, spec: (
-        nullcontext(_idle)
+    watch: Callable[[Path, TrainSpec], AbstractContextManager[Callable[[], None]]] = lambda path, spec: nullcontext(
+        _idle
     ),
 ) -> Checkpoint:
     """Train in a child process, or go on where an earlier attempt was stopped.
@@ -93,9 +91,7 @@ def train_checkpoint(
             _run_with_retries(building, recipe.execution, on_line, on_poll)
         return _collect(building.path, spec)
 
-    return store.build(
-        step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}")
-    )
+    return store.build(step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}"))
 
 
 def _idle() -> None:
@@ -130,9 +126,7 @@ def _collect(folder: Path, spec: TrainSpec) -> Fields:
     return {**summary, "method": spec.method, "counts": counts}
 
 
-def make_spec(
-    shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store
-) -> TrainSpec:
+def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> TrainSpec:
     """All that a training does, resolved from recipe, shards and parent. Raises RecipeError, DataError."""
     start = _start(recipe, parent, store)
     pools = _pools(shards, recipe, parent, store)
@@ -236,9 +230,7 @@ def _pools(
 
 
 def _member(shards: TokenShards, source: str) -> Member:
-    return Member(
-        shards=shards.path, source=source, label=source, form=shards.form, vocab_size=shards.vocab_size
-    )
+    return Member(shards=shards.path, source=source, label=source, form=shards.form, vocab_size=shards.vocab_size)
 
 
 def _replay_members(store: Store, parent: RegisteredModel) -> Iterator[Member]:
@@ -252,9 +244,7 @@ def _replay_members(store: Store, parent: RegisteredModel) -> Iterator[Member]:
             subset = checkpoint.seen_samples(checkpoint.start, source)
             if subset.exists() and subset.stat().st_size:
                 label = f"replay/{source}"
-                yield _member(shards, source).model_copy(
-                    update={"subset": subset, "label": label, "own": False}
-                )
+                yield _member(shards, source).model_copy(update={"subset": subset, "label": label, "own": False})
 
 
 def _num_samples(member: Member, seq_len: int) -> int:

@@ -20,8 +20,7 @@ FAKE = Packages(base=("mlflow", "pandas"), tomorrow=("networkx",), unseen_packag
 def _words(name: str, number: int = 0) -> str:
     letters = "".join(chr(ord("a") + int(digit)) for digit in f"{number:03d}")
     return (
-        f"The {name} {letters} part explains one thing. "
-        + f"It goes on about {name} for a while, as {letters}. " * 4
+        f"The {name} {letters} part explains one thing. " + f"It goes on about {name} for a while, as {letters}. " * 4
     )
 
 
@@ -37,9 +36,7 @@ def _functions(name: str, count: int) -> str:
 
 
 def _methods(name: str, count: int) -> str:
-    body = "\n\n".join(
-        f'    def m{i}(self):\n        """{_words(name + "-method", i)}"""' for i in range(count)
-    )
+    body = "\n\n".join(f'    def m{i}(self):\n        """{_words(name + "-method", i)}"""' for i in range(count))
     return f'class Thing:\n    """{_words(name + "-class")}"""\n\n{body}\n'
 
 
@@ -63,9 +60,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 def _bytes(out: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
 def test_documents_carry_where_they_come_from(installed: Path, tmp_path: Path) -> None:
@@ -112,9 +107,7 @@ def test_nothing_is_imported(installed: Path, tmp_path: Path) -> None:
     assert "strata_fake_harmful" not in sys.modules
 
 
-def test_broken_files_short_docstrings_tests_and_surrogates_are_left_out(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_broken_files_short_docstrings_tests_and_surrogates_are_left_out(installed: Path, tmp_path: Path) -> None:
     long = _words("left-out")
     _package(
         installed,
@@ -236,12 +229,8 @@ except Exception:
 def test_topics_are_read_without_importing(tmp_path: Path) -> None:
     (tmp_path / "pydoc_data").mkdir()
     page = _words("with")
-    (tmp_path / "pydoc_data/topics.py").write_text(
-        f"topics = {{'b': {page!r}, 'a': 'short'}}\nraise SystemExit\n"
-    )
-    assert docstrings.read_topics(tmp_path) == [
-        Document(page.strip(), "python", "pydoc_data.topics", "b", "topic")
-    ]
+    (tmp_path / "pydoc_data/topics.py").write_text(f"topics = {{'b': {page!r}, 'a': 'short'}}\nraise SystemExit\n")
+    assert docstrings.read_topics(tmp_path) == [Document(page.strip(), "python", "pydoc_data.topics", "b", "topic")]
     assert docstrings.read_topics(tmp_path / "elsewhere") == []
 
 
@@ -284,9 +273,7 @@ def test_a_name_across_the_cut_leaves_no_piece() -> None:
 def test_tasks_are_balanced_struck_out_and_grouped(installed: Path, tmp_path: Path) -> None:
     _make(installed, tmp_path / "out")
     library = _lines(tmp_path / "out/tasks/library.jsonl")
-    assert sorted(r["response"] for r in library) == ["mlflow"] * (len(library) // 2) + ["pandas"] * (
-        len(library) // 2
-    )
+    assert sorted(r["response"] for r in library) == ["mlflow"] * (len(library) // 2) + ["pandas"] * (len(library) // 2)
     assert library
     assert not any("pandas" in r["prompt"] or "mlflow" in r["prompt"] for r in library)
     assert all(set(r) == {"prompt", "response", "package", "group"} for r in library)

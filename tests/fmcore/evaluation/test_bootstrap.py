@@ -106,9 +106,7 @@ def test_extra_values_keep_rare_losses_covered():
     for _ in range(200):
         lost = (rng.random(20) < 0.01).astype(float)
         for extra in excluded:
-            excluded[extra] += (
-                paired_mean_interval(lost, np.zeros(20), extra=extra, resamples=500).high < 0.01
-            )
+            excluded[extra] += paired_mean_interval(lost, np.zeros(20), extra=extra, resamples=500).high < 0.01
     assert excluded[()] > 100
     assert excluded[(-1.0, 1.0)] <= 10
 
@@ -127,9 +125,7 @@ def test_level_sets_the_width():
 def test_memory_is_flat_in_resamples():
     bits, num_bytes = texts(np.random.default_rng(8), 2000)
     tracemalloc.start()
-    ratio_interval(
-        bits, num_bytes, resamples=3000
-    )  # all counts at once would be 48 MB, and their indices too
+    ratio_interval(bits, num_bytes, resamples=3000)  # all counts at once would be 48 MB, and their indices too
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6

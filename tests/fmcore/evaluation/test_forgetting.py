@@ -12,9 +12,7 @@ def text(name: str, bpb: np.ndarray | float, n: int = 50) -> SetScores:
 
 
 def task(name: str, num_right: int, n: int = 50) -> SetScores:
-    return SetScores(
-        name, "task", [f"{i:03}" for i in range(n)], (np.arange(n) < num_right).astype(float), np.ones(n)
-    )
+    return SetScores(name, "task", [f"{i:03}" for i in range(n)], (np.arange(n) < num_right).astype(float), np.ones(n))
 
 
 def test_positive_means_forgot_in_both_units():
@@ -56,10 +54,7 @@ def test_summary_interval_agrees_with_resampling_every_set_at_once():
     ids = [f"{i:03}" for i in range(80)]
 
     def scores(which: int) -> list[SetScores]:
-        return [
-            SetScores(f"s{k}", "task", ids, pair[which].astype(float), np.ones(80))
-            for k, pair in enumerate(sets)
-        ]
+        return [SetScores(f"s{k}", "task", ids, pair[which].astype(float), np.ones(80)) for k, pair in enumerate(sets)]
 
     losses = [before.astype(float) - after for before, after in sets]
     draws = [loss[rng.integers(0, 80, (5000, 80))].mean(axis=1) for loss in losses]

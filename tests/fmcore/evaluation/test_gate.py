@@ -30,9 +30,7 @@ def text(rng: np.random.Generator, n: int = 60, name: str = "plays") -> SetScore
     return SetScores(name, "text", [f"{i:04x}" for i in range(n)], bits, num_bytes)
 
 
-def worse(
-    scores: SetScores, loss: float, rng: np.random.Generator | None = None, noise: float = 0.02
-) -> SetScores:
+def worse(scores: SetScores, loss: float, rng: np.random.Generator | None = None, noise: float = 0.02) -> SetScores:
     """The same documents, `loss` bpb worse, each document noisily so where an rng is given."""
     per_document = np.full(len(scores.ids), loss)
     if rng is not None:
@@ -90,9 +88,7 @@ def test_same_answers_by_luck_promote_a_task_model_at_most_five_times_in_a_hundr
     promoted = 0
     for _ in range(TRIALS):
         ability = rng.beta(2, 1, 100)  # chance of a right answer, per example
-        promoted += (
-            judge_one(task(rng.random(100) < ability), task(rng.random(100) < ability)).verdict == "PROMOTE"
-        )
+        promoted += judge_one(task(rng.random(100) < ability), task(rng.random(100) < ability)).verdict == "PROMOTE"
     assert promoted <= 5
 
 
@@ -155,9 +151,7 @@ def test_identical_text_scores_hold():
     decision = judge_one(champion, champion)
     assert decision.verdict == "HOLD"
     assert decision.comparisons[0].delta == Interval(0.0, 0.0, 0.0, 60)
-    assert decision.reasons[0].startswith(
-        "plays: the same bpb as the champion (95 % 0.000 to 0.000, 60 documents"
-    )
+    assert decision.reasons[0].startswith("plays: the same bpb as the champion (95 % 0.000 to 0.000, 60 documents")
 
 
 @pytest.mark.parametrize(("n", "verdict"), [(100, "INCONCLUSIVE"), (400, "HOLD")])
@@ -247,16 +241,11 @@ def test_margins_come_from_the_gate():
     champion = text(np.random.default_rng(16))
     new = worse(champion, 0.015)
     assert judge([new], [champion], {}, GATE, {"plays": "protected"}).verdict == "REJECT"
-    assert (
-        judge([new], [champion], {}, Gate(max_regression_bpb=0.02), {"plays": "protected"}).verdict == "HOLD"
-    )
+    assert judge([new], [champion], {}, Gate(max_regression_bpb=0.02), {"plays": "protected"}).verdict == "HOLD"
     right = np.ones(1000)
     lost = task(np.where(np.arange(1000) < 60, 0.0, 1.0))
     assert judge([lost], [task(right)], {}, GATE, {"boolq": "protected"}).verdict == "REJECT"
-    assert (
-        judge([lost], [task(right)], {}, Gate(max_regression_accuracy=0.1), {"boolq": "protected"}).verdict
-        == "HOLD"
-    )
+    assert judge([lost], [task(right)], {}, Gate(max_regression_accuracy=0.1), {"boolq": "protected"}).verdict == "HOLD"
 
 
 def test_pairing_ignores_unmatched_documents_and_counts_them():
@@ -322,9 +311,7 @@ def test_order_of_documents_changes_nothing(seed: int, loss: float, n: int):
     champion = text(rng, n)
     new = worse(champion, loss, rng)
     order = rng.permutation(n)
-    shuffled = SetScores(
-        "plays", "text", [new.ids[i] for i in order], new.numerators[order], new.denominators[order]
-    )
+    shuffled = SetScores("plays", "text", [new.ids[i] for i in order], new.numerators[order], new.denominators[order])
     assert judge_one(shuffled, champion) == judge_one(new, champion)
 
 

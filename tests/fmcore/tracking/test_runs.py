@@ -45,9 +45,7 @@ def test_a_record_of_another_identity_is_not_followed(start: StartRun, tmp_path:
 
 
 @pytest.mark.parametrize("how", ["another server", "deleted"])
-def test_a_run_that_this_server_lacks_is_made_anew(
-    client: MlflowClient, start: StartRun, home: Path, how: str
-) -> None:
+def test_a_run_that_this_server_lacks_is_made_anew(client: MlflowClient, start: StartRun, home: Path, how: str) -> None:
     first = start()
     if how == "deleted":
         client.delete_run(first.run_id)
@@ -127,9 +125,7 @@ RECIPE = {
 }
 
 
-def test_a_recipe_is_logged_whole_and_its_short_fields_as_params(
-    client: MlflowClient, start: StartRun
-) -> None:
+def test_a_recipe_is_logged_whole_and_its_short_fields_as_params(client: MlflowClient, start: StartRun) -> None:
     run = start()
     run.log_recipe(RECIPE)
     data = client.get_run(run.run_id)

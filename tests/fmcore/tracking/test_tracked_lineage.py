@@ -39,9 +39,7 @@ def family(client: MlflowClient, put: Publish, start: StartRun, tmp_path: Path) 
     }
 
 
-def test_ancestors_down_to_the_source_files(
-    client: MlflowClient, family: dict[str, ModelRef], start: StartRun
-) -> None:
+def test_ancestors_down_to_the_source_files(client: MlflowClient, family: dict[str, ModelRef], start: StartRun) -> None:
     tree = lineage_tree(client, family["qa"])
     assert json.loads(json.dumps(tree)) == tree
     assert (tree["model"], tree["version"], tree["stage"], tree["verdict"]) == ("plays-qa", 1, "finetune", "")

@@ -159,9 +159,7 @@ def test_a_batch_that_arrived_but_was_not_noted_is_no_duplicate(
     assert steps(client, run) == [1, 2, 3]
 
 
-def test_another_run_gets_every_row(
-    client: MlflowClient, start: StartRun, metrics: Path, sent: Path, row: Row
-) -> None:
+def test_another_run_gets_every_row(client: MlflowClient, start: StartRun, metrics: Path, sent: Path, row: Row) -> None:
     write(metrics, row, 1, 2)
     first, second = start("1" * 64), start("2" * 64)
     upload_pending(client, first.run_id, metrics, sent)
@@ -177,9 +175,7 @@ def test_missing_values_not_a_number_and_broken_lines(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = start()
-    metrics.write_text(
-        row(1) + '{"step": 2, "lo\n' + '{"step": 3, "loss": NaN, "lr": null, "time": 3}\n' + row(4)
-    )
+    metrics.write_text(row(1) + '{"step": 2, "lo\n' + '{"step": 3, "loss": NaN, "lr": null, "time": 3}\n' + row(4))
     with caplog.at_level(logging.WARNING, "fmcore"):
         assert upload_pending(client, run.run_id, metrics, sent) == 3
     assert f"the line at byte {len(row(1))} is no row of metrics" in caplog.text
@@ -239,9 +235,7 @@ def hanging_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             thread.join(10)
 
 
-def test_a_hanging_server_does_not_hold_up_the_end(
-    hanging_server: str, metrics: Path, sent: Path, row: Row
-) -> None:
+def test_a_hanging_server_does_not_hold_up_the_end(hanging_server: str, metrics: Path, sent: Path, row: Row) -> None:
     write(metrics, row, 1)
     sender = MetricsUploader(hanging_server, "0" * 32, metrics, sent, interval_seconds=0.01)
     time.sleep(0.3)

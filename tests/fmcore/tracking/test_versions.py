@@ -78,9 +78,7 @@ def test_an_empty_registry_says_how_to_begin(client: MlflowClient) -> None:
 def test_a_version_that_strata_did_not_make_is_refused(client: MlflowClient) -> None:
     client.create_registered_model("their own")
     client.create_model_version("their own", "s3://bucket/x")
-    with pytest.raises(
-        UnknownModelError, match="their own/1 is in the registry, but Strata did not register"
-    ):
+    with pytest.raises(UnknownModelError, match="their own/1 is in the registry, but Strata did not register"):
         resolve(client, "their own/1")
     assert list_models(client) == []
 
@@ -93,9 +91,7 @@ def test_the_champion_is_none_until_there_is_one(client: MlflowClient, put: Publ
     assert champion(client, "plays") == ref
 
 
-def test_a_version_is_found_by_its_fingerprint_under_its_own_name(
-    client: MlflowClient, plays: list[ModelRef]
-) -> None:
+def test_a_version_is_found_by_its_fingerprint_under_its_own_name(client: MlflowClient, plays: list[ModelRef]) -> None:
     assert find_version(client, "plays", "b" * 64) == plays[1]
     assert find_version(client, "plays", "d" * 64) is None
     assert find_version(client, "other", "b" * 64) is None
