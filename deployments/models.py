@@ -53,7 +53,7 @@ def print_models(console: Console) -> None:
 
 def print_lineage(reference: str, console: Console, *, as_json: bool) -> None:
     """The tree from a version down to its source files, and what was made from it."""
-    _, store, client = _open()
+    _, _, client = _open()
     from fmcore.tracking.lineage import as_rich, children, lineage_tree
     from fmcore.tracking.registry import resolve
 
@@ -112,7 +112,7 @@ def print_evaluation(reference: str, console: Console, *, documents: int, exampl
 
 def promote_model(reference: str, console: Console, *, accept_regression: bool, reason: str) -> None:
     """Move the champion alias by a person's decision."""
-    workspace, store, client = _open()
+    _, store, client = _open()
     from fmcore.tracking.promote import promote
 
     if not accept_regression or not reason.strip():

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from deployments.environment import addresses, prepare_environment
 from deployments.summary import reasons, stage_table
 from fmcore.artifacts.store import Store
-from fmcore.artifacts.types import ACCEPTED, ARTIFACT_TYPES, RegisteredModel
+from fmcore.artifacts.types import ACCEPTED, ARTIFACT_TYPES, Documents, RegisteredModel
 from fmcore.errors import Interrupted
 from fmcore.recipes.stages import LifecycleRecipe, Recipe, StageRecipe
 from fmcore.training.progress import Progress as TrainingProgress

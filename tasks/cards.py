@@ -35,7 +35,7 @@ def show_counts(documents: Documents) -> None:
 
 def start_progress() -> UUID:
     """An empty progress bar; returns its id."""
-    return create_progress_artifact(0.0, key="training", description="Optimizer steps done, in percent")  # type: ignore[return-value]
+    return create_progress_artifact(0.0, key="training", description="Optimizer steps done, in percent")
 
 
 def move_progress(artifact: UUID, percent: float) -> None:

@@ -35,9 +35,8 @@ def train(shards: TokenShards, parent: RegisteredModel | None) -> Checkpoint:
     )  # fmt: skip
     stage.tracking.log(lambda run: run.log_metrics(_summary(checkpoint)))
     with TemporaryDirectory() as folder:
-        plots = plot_training(checkpoint.path / METRICS, Path(folder))
-        for plot in plots:
-            stage.tracking.log(lambda run, plot=plot: run.log_artifact(plot, "plots"))
+        plot_training(checkpoint.path / METRICS, Path(folder))
+        stage.tracking.log(lambda run: run.log_artifact(Path(folder), "plots"))
     return finished(checkpoint, cached=hit is not None)
 
 

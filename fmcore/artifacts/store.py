@@ -4,7 +4,6 @@
 flushed, `artifact.json` is written last, then one rename. Its presence means complete.
 """
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -123,7 +122,7 @@ class Store:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             self._complete(step, cls, partial, fields)
-            os.replace(partial, path)
+            partial.replace(path)
             fsync_path(path.parent)
             return load(path, cls)
 

@@ -86,8 +86,9 @@ def _batch_nats(model: PreTrainedModel, windows: list[list[int]]) -> np.ndarray:
 def token_nats(model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(N, D) hidden states, (N,) labels -> (N,) nats, with a few rows of logits at a time."""
     head = model.get_output_embeddings()
-    parts = [
-        torch.nn.functional.cross_entropy(head(hidden[i : i + HEAD_ROWS]).float(), labels[i : i + HEAD_ROWS], reduction="none")
-        for i in range(0, len(hidden), HEAD_ROWS)
-    ]  # fmt: skip
+    parts = []
+    for first in range(0, len(hidden), HEAD_ROWS):
+        rows = slice(first, first + HEAD_ROWS)
+        logits = head(hidden[rows]).float()
+        parts.append(torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none"))
     return torch.cat(parts)

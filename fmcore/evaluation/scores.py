@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fmcore.data.tables import read_rows
-from fmcore.evaluation.gate import SetScores
+from fmcore.evaluation.gate import Kind, SetScores
 from fmcore.evaluation.spec import ANSWERS_FILE, DOCUMENTS_FILE
 
 
@@ -22,7 +22,7 @@ def read_scores(folder: Path) -> dict[str, SetScores]:
     return texts | {name: _scores(name, "task", values) for name, values in rows.items()}
 
 
-def _scores(name: str, kind: str, rows: list[tuple[str, float, float]]) -> SetScores:
+def _scores(name: str, kind: Kind, rows: list[tuple[str, float, float]]) -> SetScores:
     ids, numerators, denominators = zip(*rows, strict=True)
     return SetScores(name, kind, list(ids), np.array(numerators, dtype=float), np.array(denominators, dtype=float))
 

@@ -50,6 +50,7 @@ class TextSamples:
         return num_windows(len(self.stream.tokens), self._seq_len)
 
     def row(self, index: int) -> Row:
+        """The window's tokens, labels and positions."""
         first = index * self._seq_len
         tokens = self.stream.tokens[first : first + self._seq_len + 1].astype(np.int64)
         offsets = self.stream.offsets
@@ -61,6 +62,7 @@ class TextSamples:
         return _padded(tokens[: len(labels)], labels, starts[starts < len(labels)], self._seq_len, self._pad_id)
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
+        """(D,) bool: which documents have a token in these windows."""
         first = indices * self._seq_len
         last = np.minimum(first + self._seq_len, len(self.stream.tokens)) - 1
         begin = np.searchsorted(self.stream.offsets, first, side="right") - 1
@@ -85,19 +87,23 @@ class RecordSamples:
         return len(self._bins) - 1
 
     def row(self, index: int) -> Row:
+        """The bin's records side by side."""
         assert self.stream.mask is not None
-        tokens, labels, starts = [], [], []
+        tokens: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        starts: list[int] = []
         for record in self._records[self._bins[index] : self._bins[index + 1]]:
             first, last = self.stream.offsets[record], self.stream.offsets[record + 1]
             ids = self.stream.tokens[first:last].astype(np.int64)
             masked = np.where(self.stream.mask[first:last] > 0, ids, IGNORE)
-            starts.append(sum(map(len, tokens)))
+            starts.append(sum(len(part) for part in tokens))
             tokens.append(ids)
             labels.append(np.append(masked[1:], IGNORE))
         rows = np.concatenate(tokens), np.concatenate(labels)
         return _padded(*rows, np.array(starts[1:], dtype=np.int64), self._seq_len, self._pad_id)
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
+        """(D,) bool: which records are in these bins."""
         seen = np.zeros(len(self.stream.ids), dtype=bool)
         for index in indices:
             seen[self._records[self._bins[index] : self._bins[index + 1]]] = True

@@ -61,9 +61,11 @@ class Batches:
             source, number = self._locate(int(pool), np.array([index]))
             rows.append(source.samples.row(int(number[0])))
             sources[source.member.label] += 1
-        columns = [torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)]
-        num_labels = int((columns[1] != IGNORE).sum())
-        return Batch(*columns, num_labels, {name: n / len(rows) for name, n in sorted(sources.items())})
+        input_ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+        num_labels = int((labels != IGNORE).sum())
+        return Batch(
+            input_ids, labels, positions, num_labels, {name: n / len(rows) for name, n in sorted(sources.items())}
+        )
 
     def _locate(self, pool: int, indices: np.ndarray) -> tuple[_Source, np.ndarray]:
         which = int(np.searchsorted(self._starts[pool], indices[0], side="right")) - 1

@@ -46,7 +46,7 @@ class Trainee:
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
-        self._names = {p: name for name, p in self.parameters.items()}
+        self._names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and optimizer.safetensors."""

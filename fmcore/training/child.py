@@ -119,6 +119,7 @@ def write_final(
         save_adapter(model, final / "adapter", spec.base)
         write_json(final / "strata.json", {"base": spec.base, "method": "lora"})
     else:
+        assert isinstance(model, PreTrainedModel)
         model.config.use_cache = True  # generation wants its cache; only training must not have one
         model.save_pretrained(str(final), safe_serialization=True)
     tokenizer.save_pretrained(str(final))

@@ -19,7 +19,7 @@ def make_adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """`<parameter>/<state>` -> tensor."""
     return {
         f"{names[parameter]}/{key}": state[key].contiguous()
@@ -29,7 +29,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Paramet
 
 
 def load_state(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
 ) -> None:
     """Put saved state back; parameters that had no state yet get none."""
     for group in optimizer.param_groups:
