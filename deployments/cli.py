@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from fmcore.artifacts.store import RECORD, Store, load_any
-from fmcore.errors import IntegrityError, StrataError
+from fmcore.errors import IntegrityError, Interrupted, StrataError
 from fmcore.recipes.load import load_recipe
 from fmcore.workspace import Workspace
 
@@ -46,7 +46,7 @@ def run(
     """
     from deployments.running import run_recipe
 
-    raise typer.Exit(run_recipe(load_recipe(recipe, set_ or []), console, fresh=fresh))
+    raise typer.Exit(run_recipe(load_recipe(recipe, set_ or []), console, fresh=fresh).code)
 
 
 @app.command()
@@ -167,10 +167,15 @@ def main() -> None:
     try:
         app()
     except StrataError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        sys.exit(report_error(error))
     except KeyboardInterrupt:
-        sys.exit(75)
+        sys.exit(Interrupted.exit_code)
+
+
+def report_error(error: StrataError) -> int:
+    """Print an error for people; returns its exit code."""
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+    return error.exit_code
 
 
 def _escape(text: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -23,21 +24,30 @@ from fmcore.workspace import Workspace
 REFUSED = 3
 
 
-def run_recipe(recipe: Recipe, console: Console, *, fresh: bool = False) -> int:
-    """Run a recipe to its end; returns the exit code."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made, and the exit code that says so. An empty list of models: no new data."""
+
+    models: list[RegisteredModel]
+    code: int
+
+
+def run_recipe(recipe: Recipe, console: Console, *, fresh: bool = False) -> Outcome:
+    """Run a recipe to its end, or find it done already, and print what came out."""
     workspace = Workspace.current()
     prepare_environment(workspace)
-    _print_addresses(workspace, console)
+    print_addresses(workspace, console)
     store = Store(workspace.home)
-    done = None if fresh else finished_models(recipe, workspace, store)
-    if done is not None:
+    models = None if fresh else finished_models(recipe, workspace, store)
+    if models is not None:
         console.print("Every step is there already; nothing was started.")
-        return _show(done, store, console)
-    with _stop_on_sigterm(), _logging(console), _progress(console):
-        models = _run_flow(recipe, fresh=fresh)
-    code = _show(models, store, console)
-    _print_addresses(workspace, console)
-    return code
+    else:
+        with _stop_on_sigterm(), _logging(console), _progress(console):
+            models = _run_flow(recipe, fresh=fresh)
+    _show(models, store, console)
+    print_addresses(workspace, console)
+    accepted = all(model.verdict in ACCEPTED for model in models)
+    return Outcome(models, 0 if accepted else REFUSED)
 
 
 def _run_flow(recipe: Recipe, *, fresh: bool) -> list[RegisteredModel]:
@@ -98,17 +108,17 @@ def _finished(recipe: StageRecipe, workspace: Workspace, store: Store) -> list[R
     return [model] if model else None
 
 
-def _show(models: list[RegisteredModel], store: Store, console: Console) -> int:
+def _show(models: list[RegisteredModel], store: Store, console: Console) -> None:
     if not models:
         console.print("NoNewData: the parent's weights have seen every document of the sources.")
-        return 0
+        return
     console.print(stage_table(models, store))
     for line in reasons(models):
         console.print(line, highlight=False, soft_wrap=True)
-    return 0 if all(model.verdict in ACCEPTED for model in models) else REFUSED
 
 
-def _print_addresses(workspace: Workspace, console: Console) -> None:
+def print_addresses(workspace: Workspace, console: Console) -> None:
+    """Home, Prefect and MLflow: where to look for what was made."""
     for line in addresses(workspace):
         console.print(line, highlight=False, soft_wrap=True, style="dim")
 

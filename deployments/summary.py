@@ -1,6 +1,6 @@
 """What came out, as tables for the terminal: one row per stage, with its costs, scores and verdict."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 
@@ -8,27 +8,23 @@ from fmcore.artifacts.ancestry import checkpoint_of, documents_of
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, EvalReport, RegisteredModel
 
-VERDICT_STYLES = {
-    "FIRST": "green",
-    "PROMOTE": "green",
-    "HOLD": "yellow",
-    "INCONCLUSIVE": "yellow",
-    "REJECT": "red",
-}
+VERDICT_STYLES = {"FIRST": "green", "PROMOTE": "green", "HOLD": "yellow", "INCONCLUSIVE": "yellow", "REJECT": "red"}
+STAGE_LABELS = {"continue-pretrain": "continue"}
 
 
 def stage_table(models: Iterable[RegisteredModel], store: Store) -> Table:
-    """One row per registered version: documents, tokens, time, scores, what was forgotten, verdict."""
-    table = Table(title="Stages", title_justify="left", title_style="bold")
-    table.add_column("stage")
-    for name in ("documents", "tokens", "time"):
-        table.add_column(name, justify="right")
-    for name in ("bits per byte (held out)", "accuracy (chance)", "forgotten, bpb"):
-        table.add_column(name)
-    table.add_column("verdict")
-    table.add_column("version", no_wrap=True)
+    """One row per registered version: documents, tokens, time, scores, what was forgotten, verdict.
+
+    Scores are of held-out data, ± half the width of their 95 % interval; accuracy stands beside chance.
+    """
+    table = Table(title="Stages (held-out scores, ± is half a 95 % interval)", title_justify="left")
+    table.add_column("stage\nversion\nverdict")
+    table.add_column("documents\ntokens\ntime", justify="right")
+    table.add_column("bits per byte")
+    table.add_column("accuracy (chance)")
+    table.add_column("forgotten, bits per byte")
     for model in models:
-        table.add_row(*_row(model, store))
+        table.add_row(*_row(model, store), end_section=True)
     return table
 
 
@@ -36,17 +32,14 @@ def _row(model: RegisteredModel, store: Store) -> list[str]:
     documents, checkpoint = documents_of(store, model), checkpoint_of(store, model)
     metrics = store.get(model.parents["report"], EvalReport).metrics
     minutes, seconds = divmod(round(checkpoint.train_seconds), 60)
-    own = own_sets(documents)
+    stage = STAGE_LABELS.get(model.stage, model.stage)
+    style = VERDICT_STYLES[model.verdict]
     return [
-        model.stage,
-        f"{documents.num_train:,}",
-        f"{checkpoint.num_tokens:,}",
-        f"{minutes}:{seconds:02d}",
-        "\n".join(_bits(metrics, own)) or "-",
+        f"{stage}\n{model.uri}\n[{style}]{model.verdict}[/]",
+        f"{documents.num_train:,}\n{checkpoint.num_tokens:,}\n{minutes}:{seconds:02d}",
+        "\n".join(_bits(metrics, own_sets(documents))) or "-",
         "\n".join(_accuracy(metrics)) or "-",
-        "\n".join(_lines(metrics, "forgetting/", "{:+.3f}", only_text=True)) or "-",
-        f"[{VERDICT_STYLES[model.verdict]}]{model.verdict}[/]",
-        model.uri,
+        "\n".join(_forgotten(metrics)) or "-",
     ]
 
 
@@ -55,37 +48,27 @@ def own_sets(documents: Documents) -> list[str]:
     return [name for name, count in documents.counts["heldout"].items() if count]
 
 
-def _bits(metrics: dict[str, float], own: list[str]) -> list[str]:
-    lines = []
+def _bits(metrics: dict[str, float], own: list[str]) -> Iterator[str]:
     for metric, value in metrics.items():
         if metric.startswith("eval/") and metric.endswith("/bpb"):
             name = metric.removeprefix("eval/").removesuffix("/bpb")
-            age = "" if name in own else " (old)"
-            lines.append(f"{name}{age} {value:.3f} ±{half_width(metrics, metric):.3f}")
-    return lines
+            age = "new" if name in own else "old"
+            yield f"{name} ({age}) {value:.3f} ±{half_width(metrics, metric):.3f}"
 
 
-def _accuracy(metrics: dict[str, float]) -> list[str]:
-    lines = []
+def _accuracy(metrics: dict[str, float]) -> Iterator[str]:
     for metric, value in metrics.items():
         if metric.endswith("/accuracy"):
             task = metric.removeprefix("eval/").removesuffix("/accuracy")
             chance = metrics[f"eval/{task}/chance"]
-            lines.append(f"{task} {value:.1%} ±{half_width(metrics, metric):.1%} ({chance:.1%})")
-    return lines
+            yield f"{task} {100 * value:.1f} ±{100 * half_width(metrics, metric):.1f} ({100 * chance:.1f}) %"
 
 
-def _lines(metrics: dict[str, float], prefix: str, form: str, *, only_text: bool) -> list[str]:
-    lines = []
+def _forgotten(metrics: dict[str, float]) -> Iterator[str]:
     for metric, value in metrics.items():
-        name = metric.removeprefix(prefix)
-        if (
-            metric.startswith(prefix)
-            and f"{metric}_low" in metrics
-            and (not only_text or f"eval/{name}/bpb" in metrics)
-        ):
-            lines.append(f"{name} {form.format(value)} ±{half_width(metrics, metric):.3f}")
-    return lines
+        name = metric.removeprefix("forgetting/")
+        if name != metric and f"eval/{name}/bpb" in metrics:
+            yield f"{name} {value:+.3f} ±{half_width(metrics, metric):.3f}"
 
 
 def half_width(metrics: dict[str, float], metric: str) -> float:

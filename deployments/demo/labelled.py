@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from deployments.demo.docstrings import PYTHON, Document
-from fmcore.data.normalize import content_id
+from fmcore.data.normalize import content_id, normalize
 
 LIBRARIES = ("matplotlib", "mlflow", "pandas", "prefect", PYTHON, "torch", "transformers")
 KINDS = ("class", "function", "method", "module")
@@ -64,11 +64,15 @@ def group_of(text: str) -> str:
 def _balanced(
     documents: Iterable[Document], question: str, label: Callable[[Document], str], per_class: int
 ) -> list[Record]:
-    """Equally many records of every label, in an order that content alone decides."""
+    """Equally many records of every label, in an order that content alone decides.
+
+    From the highest content id down: a base holds out the documents of the lowest ids, and no later stage
+    may train on an excerpt of one.
+    """
     records: dict[str, list[Record]] = defaultdict(list)
     seen: set[str] = set()
     group_sizes: Counter[str] = Counter()
-    for document in sorted(documents, key=lambda d: content_id(d.text)):
+    for document in sorted(documents, key=lambda d: content_id(normalize(d.text)), reverse=True):
         text, group = excerpt(document.text), group_of(document.text)
         if text in seen or group_sizes[group] >= MAX_PER_GROUP:
             continue

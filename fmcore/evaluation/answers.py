@@ -98,7 +98,7 @@ def _choose(
         hidden = last
         if targets.shape[1] > 1:
             more = decoder_of(model)(input_ids=targets[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
-            cache.crop(prompts.shape[1])  # the next choice starts from the prompt again
+            cache.crop(1 - targets.shape[1])  # the next choice starts from the prompt again
             hidden = torch.cat([last, more], dim=1)  # (B, C, D)
         flat = token_nats(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
         nats.append(flat.view(targets.shape).sum(-1))

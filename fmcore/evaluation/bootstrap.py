@@ -12,7 +12,8 @@ Why this one: beside percentile, BCa and bootstrap-t it covered better than perc
 skewed lengths at n = 20 and 50, and stayed sane on 0/1 answers of which few differ, where bootstrap-t (the
 best on skewed texts) fails.
 
-Measured coverage of 95 % intervals at n = 20, 50, 200 documents (2,000 trials, 2,000 resamples each):
+Measured coverage of 95 % intervals at n = 20, 50, 200 documents (2,000 trials, for answers 1,000, of 2,000
+resamples each):
 
     bits per byte, lengths log-normal (sigma 1.1, 200 B to 64 KiB)          0.92  0.92  0.94
     paired difference, the same lengths, the effect growing with length     0.88  0.90  0.92

@@ -16,5 +16,6 @@ def promote(client: MlflowClient, model: RegisteredModel, reason: str, *, lock: 
         version = str(model.version)
         client.set_model_version_tag(model.model, version, names.REGRESSION_ACCEPTED, without_credentials(reason))
         client.set_registered_model_alias(model.model, names.CHAMPION, version)
-        if client.get_registered_model(model.model).aliases.get(names.CHALLENGER) == model.version:
+        challenger = client.get_registered_model(model.model).aliases.get(names.CHALLENGER)
+        if challenger is not None and int(challenger) == model.version:
             client.delete_registered_model_alias(model.model, names.CHALLENGER)
