@@ -175,6 +175,7 @@ class Home:
         """Recipe as a mapping -> ResolvedStage."""
         from fmcore.planning.resolve import resolve_stage
 
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow itself sets it to what was last connected to
         return resolve_stage(parse_recipe(recipe), self.workspace, self.store, **options)
 
     def documents(self, recipe: dict[str, Any]) -> Documents:
@@ -267,11 +268,17 @@ def children_inline() -> Iterator[None]:
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="write the loss curves in tests/golden anew")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings raised inside libraries about themselves."""
     for line in (
         # peft 0.21 asks transformers 5 for a property of its old name
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+        # peft looks for the base `plays/1` on the Hub when it saves; goes away with save_embedding_layers=False
+        "ignore:Could not find a config file in:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
 

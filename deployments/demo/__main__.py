@@ -48,11 +48,12 @@ def demo(size: Size, console: Console) -> int:
     console.rule("lifecycle: pretrain, fine-tune, continue, fine-tune again")
     lifecycle = run_recipe(load_recipe(folder / f"demo{suffix}.yaml"), console)
     console.rule("the same continuous pre-training without replay")
-    contrast = run_recipe(load_recipe(folder / f"no-replay{suffix}.yaml"), console)
+    base = lifecycle.models[0]
+    contrast = run_recipe(load_recipe(folder / f"no-replay{suffix}.yaml", [f"parent={base.uri}"]), console)
     console.rule("what came out")
     store = Store(workspace.home)
     by_stage = {model.stage: model for model in lifecycle.models}
-    console.print(compression_table(lifecycle.models[0], store))
+    console.print(compression_table(base, store))
     if "continue-pretrain" in by_stage and contrast.models:
         console.print(forgetting_table(by_stage["continue-pretrain"], contrast.models[0], store))
     console.print(samples_table(lifecycle.models, store))

@@ -29,6 +29,7 @@ from fmcore.artifacts.types import ARTIFACT_TYPES, Artifact
 from fmcore.errors import IntegrityError, StoreError
 
 RECORD = "artifact.json"
+MARKER = "building.json"  # in a partial folder: whose it is
 RECORD_FORMAT = 1
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "pyarrow", "strata")
 ArtifactT = TypeVar("ArtifactT", bound=Artifact)
@@ -122,12 +123,14 @@ class Store:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             self._complete(step, cls, partial, fields)
+            if path.exists():  # without a record: it was being removed
+                shutil.rmtree(path)
             partial.replace(path)
+            (path / MARKER).unlink(missing_ok=True)  # last, for until the rename the partial can be resumed
             fsync_path(path.parent)
             return load(path, cls)
 
     def _complete(self, step: Step, cls: type[ArtifactT], partial: Path, fields: Fields) -> None:
-        (partial / "building.json").unlink()
         artifact = cls(
             path=partial, name=step.name, fingerprint=step.fingerprint, config=step.config,
             parents=step.parents, **fields,
@@ -168,7 +171,12 @@ class Store:
 
     def problems(self, folder: Path) -> Iterator[str]:
         """One sentence for every file below an artifact's folder that is not as it was recorded."""
-        for name, recorded in read_json(folder / RECORD)["files"].items():
+        try:
+            files = _read_record(folder)["files"]
+        except IntegrityError as error:
+            yield str(error)
+            return
+        for name, recorded in files.items():
             path = folder / name
             if not path.is_file():
                 yield f"{path} is missing. Remove the folder {folder} and run its recipe again."
@@ -180,14 +188,19 @@ class Store:
         self._digests.save()
 
 
-def load(folder: Path, cls: type[ArtifactT]) -> ArtifactT:
-    """Read an artifact's record; refuses a folder of another class."""
+def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = read_json(folder / RECORD)
+        record: dict[str, Any] = read_json(folder / RECORD)
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{folder / RECORD} cannot be read ({error}); remove the folder {folder}") from error
     if record.get("record_sha256") != record_digest(record):
         raise IntegrityError(f"{folder / RECORD} is damaged: it does not match its own sha256; remove {folder}")
+    return record
+
+
+def load(folder: Path, cls: type[ArtifactT]) -> ArtifactT:
+    """Read an artifact's record; refuses a folder of another class."""
+    record = _read_record(folder)
     if record.get("kind") != cls.kind:
         raise StoreError(f"{folder} holds {record.get('kind')!r}, expected {cls.kind!r}")
     fields = {name: record[name] for name in cls.model_fields if name in record}
@@ -203,20 +216,22 @@ def load_any(folder: Path) -> Artifact:
     """Read an artifact of whatever class its record names."""
     if not (folder / RECORD).is_file():
         raise StoreError(f"{folder} is no artifact: it has no {RECORD}")
-    return load(folder, ARTIFACT_TYPES[read_json(folder / RECORD)["kind"]])
+    return load(folder, ARTIFACT_TYPES[_read_record(folder)["kind"]])
 
 
 def _claim(partial: Path, step: Step, *, keep: bool) -> None:
-    marker = partial / "building.json"
+    marker = partial / MARKER
     same = marker.exists() and read_json(marker)["fingerprint"] == step.fingerprint
     if partial.exists() and not (keep and same):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
+    for left in partial.glob(f"{RECORD}*"):  # stopped between the record and the rename
+        left.unlink()
     write_json(marker, {"fingerprint": step.fingerprint, "config": step.config, "parents": step.parents})
 
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MARKER)
     return {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
 
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import zstandard
+import pyarrow as pa
 
 from fmcore.artifacts.files import DigestCache
 from fmcore.errors import DataError
@@ -43,7 +43,8 @@ def open_bytes(path: Path) -> BinaryIO:
         if path.suffix == ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
         if path.suffix == ".zst":
-            return cast(BinaryIO, zstandard.open(path, "rb"))
+            # unlike zstandard's own reader, pyarrow's says so when a file is cut short
+            return cast(BinaryIO, pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
         return path.open("rb")
     except OSError as error:
         raise DataError(f"cannot open {path}: {error.strerror}") from error

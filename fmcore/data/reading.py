@@ -2,21 +2,23 @@
 
 import gzip
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-import zstandard
-
 from fmcore.data.files import open_text
+from fmcore.data.normalize import encodable
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source
 
 LONG_FILE_CHARS = 64 * 1024  # a longer file is cut at blank lines ...
 MIN_PIECE_CHARS = 2_000  # ... into documents of at least this size
 JSON_CHUNK_CHARS = 1 << 20
+BLANKS = re.compile(r"[ \t\r\n]*")
 METADATA_CHARS = 200  # a longer field is content of its own, not metadata
 
 
@@ -62,10 +64,12 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block); convert it first"
         ) from error
-    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: the compressed file is damaged or cut short: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        if error.errno is None:  # pyarrow's, about the compressed bytes
+            raise DataError(f"{path}: the compressed file is damaged or cut short: {error}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _json_texts(path: Path, source: Source) -> Iterator[RawText]:
@@ -73,7 +77,7 @@ def _json_texts(path: Path, source: Source) -> Iterator[RawText]:
         text = value.get(source.text_field)
         if not isinstance(text, str):
             raise DataError(field_message(origin, source.text_field, value, f"text_field of source {source.name}"))
-        rest = {k: v for k, v in value.items() if k != source.text_field and _is_small(v)}
+        rest = {k: v for k, v in value.items() if k != source.text_field and encodable(k) and _is_small(v)}
         yield RawText(origin, text, rest)
 
 
@@ -117,9 +121,8 @@ def _pieces(path: Path, lines: Iterator[str], min_chars: int) -> Iterator[RawTex
 
 def _lines(file: TextIO, start: str) -> Iterator[str]:
     """The file's lines, of which `start` was read already."""
-    held = start.splitlines(keepends=True)
-    last = held.pop() if held and not held[-1].endswith("\n") else ""
-    yield from held
+    *held, last = start.split("\n")  # not splitlines: U+2028 and the like may stand inside a JSON string
+    yield from (f"{line}\n" for line in held)
     rest = file.readline()
     if last or rest:
         yield last + rest
@@ -137,46 +140,81 @@ def _parse(line: str, origin: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}: broken JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise DataError(f"{origin}: {error}") from error
     except RecursionError as error:
         raise DataError(f"{origin}: JSON nested too deeply") from error
 
 
 def _json_list(path: Path, text: str, file: TextIO) -> Iterator[tuple[str, Any]]:
     """Elements of one JSON list, decoded one at a time so that memory stays flat."""
-    decoder = json.JSONDecoder()
-    text = text.lstrip()[1:]
+    unread = _Unread(text.lstrip()[1:], file)
     number = 0
-    while True:
-        text = text.lstrip().removeprefix(",").lstrip()
-        if text.startswith("]"):
-            return
+    while (char := unread.next_char()) != "]":
         number += 1
-        value, text = _next_element(decoder, text, file, f"{path}[{number}]")
-        yield f"{path}[{number}]", value
+        origin = f"{path}[{number}]"
+        if number > 1:
+            if char != ",":
+                what = "expected a comma or ]" if char else "the list does not end"
+                raise DataError(f"{origin}: broken JSON: {what}")
+            unread.at += 1
+            unread.next_char()
+        yield origin, _next_element(unread, origin)
+    unread.at += 1
+    if unread.next_char():
+        raise DataError(f"{path}: broken JSON: the list of {number} ends, but the file goes on")
 
 
-def _next_element(decoder: json.JSONDecoder, text: str, file: TextIO, origin: str) -> tuple[Any, str]:
+class _Unread:
+    """What is left of a file: `text` from `at` on, and what was not read yet."""
+
+    def __init__(self, text: str, file: TextIO) -> None:
+        self.text = text
+        self.at = 0
+        self._file = file
+
+    def more(self) -> bool:
+        """Read on; False at the file's end."""
+        left = self.text[self.at :]
+        more = self._file.read(max(JSON_CHUNK_CHARS, len(left)))  # doubling keeps long elements linear
+        self.text, self.at = left + more, 0
+        return bool(more)
+
+    def next_char(self) -> str:
+        """Skip blanks; the character after them, not taken, or nothing at the file's end."""
+        while True:
+            self.at = BLANKS.match(self.text, self.at).end()  # type: ignore[union-attr]  # matches nothing, too
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
+
+
+def _next_element(unread: _Unread, origin: str) -> Any:
+    decoder = json.JSONDecoder()
     while True:
         problem = "the list does not end"
-        if text:
-            try:
-                value, end = decoder.raw_decode(text)
-                if end < len(text):  # a number or word that touches the buffer's end may go on
-                    return value, text[end:]
-            except json.JSONDecodeError as error:
-                problem = error.msg
-            except RecursionError as error:
-                raise DataError(f"{origin}: JSON nested too deeply") from error
-        more = file.read(max(JSON_CHUNK_CHARS, len(text)))  # doubling keeps long elements linear
-        if not more:
+        try:
+            value, end = decoder.raw_decode(unread.text, unread.at)
+            if end < len(unread.text):  # a number or word that touches the buffer's end may go on
+                unread.at = end
+                return value
+        except json.JSONDecodeError as error:
+            problem = error.msg
+        except ValueError as error:
+            raise DataError(f"{origin}: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"{origin}: JSON nested too deeply") from error
+        if not unread.more():
             raise DataError(f"{origin}: broken JSON: {problem}")
-        text = (text + more).lstrip() if not text else text + more
 
 
 def _is_small(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float)) or (
-        isinstance(value, str) and len(value) <= METADATA_CHARS
-    )  # fmt: skip
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return len(value) <= METADATA_CHARS and encodable(value)
+    return value is None or isinstance(value, (bool, int))
 
 
 def _shorten(value: Any) -> str:

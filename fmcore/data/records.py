@@ -62,6 +62,11 @@ class _TaskSplit:
             )
         if not task.eval_path:
             check.check(self._heldout.num_rows, setting=f"the holdout of task {task.name}")
+        if not self._train.num_rows:
+            raise DataError(
+                f"task {task.name}: no record is left to train on, all are held out or dropped; give it more "
+                f"records, a smaller holdout, or a group_field that has more than one value"
+            )
         return {
             "read": self._num_read,
             "train": self._train.num_rows,

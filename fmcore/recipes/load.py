@@ -79,7 +79,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
     """Validate a mapping into the recipe class its `kind` names."""
     kind = data.get("kind")
-    if kind not in RECIPES:
+    if not isinstance(kind, str) or kind not in RECIPES:
         given = f"kind is {kind!r}" if kind else "kind is missing"
         raise RecipeError(f"{where}: {given}; expected one of {', '.join(RECIPES)}")
     try:
@@ -185,7 +185,7 @@ def _child(target: Any, part: str, override: str) -> Any:
 
 
 def _index(target: list, part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(target):
         raise RecipeError(f"--set {override}: {part!r} is no entry of a list of {len(target)} (the first is 0)")
     return int(part)
 
@@ -212,6 +212,8 @@ def _lines(node: Any, location: tuple) -> Iterator[tuple[tuple, int]]:
     """Location of every node -> its line, counted from 1."""
     if isinstance(node, dict):
         for key, value in node.items():
+            if key not in (node.lc.data or {}):  # type: ignore[attr-defined]
+                continue  # merged in from another mapping by `<<`
             yield (*location, key), node.lc.key(key)[0] + 1  # type: ignore[attr-defined]
             yield from _lines(value, (*location, key))
     elif isinstance(node, list):

@@ -115,6 +115,8 @@ def slots_for(pools: tuple[Pool, ...], pool: int, num_samples: int) -> int:
     """The fewest slots that hold `num_samples` samples of a pool."""
     probe = Order(seed=0, pools=pools, batch_samples=1, num_samples=0)
     quota = int(probe._quotas[pool])
+    if num_samples == 0:
+        return 0
     blocks, rest = divmod(num_samples, quota)
     if rest == 0:
         blocks, rest = blocks - 1, quota

@@ -85,9 +85,7 @@ def test_the_record_says_what_was_made_of_what(store: Store, step: Step, builder
     assert "path" not in record
 
 
-def test_an_artifact_that_moved_is_read_where_it_is(
-    store: Store, step: Step, builder: Builder, tmp_path: Path
-) -> None:
+def test_an_artifact_that_moved_is_read_where_it_is(store: Store, step: Step, builder: Builder, tmp_path: Path) -> None:
     built = store.build(step, EvalReport, builder)
     (tmp_path / "home").rename(tmp_path / "moved")
     found = Store(tmp_path / "moved").get(step.fingerprint, EvalReport)

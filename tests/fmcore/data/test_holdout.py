@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcore.data.holdout import MIN_HELDOUT, HoldoutCheck, fraction_of, group_fraction
@@ -36,15 +36,17 @@ def heldout(places: list[float], holdout: float) -> tuple[HoldoutCheck, int]:
     return check, sum([check.is_heldout(place) for place in places])
 
 
+@settings(deadline=None)
 @given(places=PLACES, holdout=st.floats(0.001, 0.999))
 def test_what_lies_below_holdout_is_held_out(places: list[float], holdout: float) -> None:
     assert heldout(places, holdout)[1] == sum(place < holdout for place in places)
 
 
-@given(places=st.lists(st.floats(0, 0.99), min_size=20, max_size=60), holdout=st.floats(0.001, 0.999))
-def test_the_holdout_that_is_named_works(places: list[float], holdout: float) -> None:
-    check, num = heldout(places, holdout)
-    assume(num < MIN_HELDOUT)
+@settings(deadline=None)
+@given(places=st.lists(st.floats(0, 0.99), min_size=20, max_size=60), share=st.floats(0, 1))
+def test_the_holdout_that_is_named_works(places: list[float], share: float) -> None:
+    check, num = heldout(places, share * sorted(places)[MIN_HELDOUT - 1])  # too little, by less or more
+    assert num < MIN_HELDOUT
     with pytest.raises(DataError) as refused:
         check.check(num, setting="data.holdout")
     message = str(refused.value)

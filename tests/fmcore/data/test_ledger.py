@@ -27,6 +27,7 @@ def test_membership_is_a_sets(tmp_path_factory: pytest.TempPathFactory, ids: lis
     assert [probe in ledger for probe in [*ids, *probes]] == [probe in set(ids) for probe in [*ids, *probes]]
 
 
+@settings(deadline=None)
 @given(ids=IDS)
 def test_sorted_unique_is_pythons(ids: list[str]) -> None:
     assert [row.tobytes().hex() for row in sorted_unique(pack_ids(ids))] == sorted(set(ids))

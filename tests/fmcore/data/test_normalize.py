@@ -4,7 +4,7 @@ import hashlib
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcore.data.normalize import content_id, encodable, normalize
@@ -30,6 +30,7 @@ def test_two_texts_stay_two(one: str, other: str) -> None:
     assert content_id(normalize(one)) != content_id(normalize(other))
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = normalize(text)

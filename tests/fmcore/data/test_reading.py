@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcore.data.files import find_files
-from fmcore.data.reading import JSON_CHUNK_CHARS, LONG_FILE_CHARS, MIN_PIECE_CHARS, RawText, read_json_objects, read_source
+from fmcore.data.reading import (
+    JSON_CHUNK_CHARS,
+    LONG_FILE_CHARS,
+    MIN_PIECE_CHARS,
+    RawText,
+    read_json_objects,
+    read_source,
+)
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source
 

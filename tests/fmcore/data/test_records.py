@@ -87,7 +87,9 @@ def test_the_same_record_twice_is_a_duplicate_another_response_is_not(task: Call
 def test_a_group_is_never_on_both_sides(task: Callable[..., Documents]) -> None:
     rows = [{**row, "story": f"story {n % 12}"} for n, row in enumerate(questions(120))]
     documents = task(rows, group_field="story", holdout=0.3)
-    stories = {which: {int(p.split()[1][:-1]) % 12 for p, _ in side(documents, which)} for which in ("train", "heldout")}
+    stories = {
+        which: {int(p.split()[1][:-1]) % 12 for p, _ in side(documents, which)} for which in ("train", "heldout")
+    }
     assert stories["heldout"] == {n for n in range(12) if group_fraction(f"story {n}") < 0.3}
     assert not stories["train"] & stories["heldout"]
 
@@ -100,7 +102,11 @@ def test_empty_sides_are_dropped_with_a_reason(task: Callable[..., Documents]) -
     ]
     documents = task(questions(40) + odd)
     assert documents.counts["dropped"] == {"qa": {"empty_prompt": 1, "empty_response": 1, "not_unicode": 1}}
-    assert dropped(documents) == [("empty_prompt", "\nyes"), ("empty_response", "anything?\n"), ("not_unicode", "??\nyes")]
+    assert dropped(documents) == [
+        ("empty_prompt", "\nyes"),
+        ("empty_response", "anything?\n"),
+        ("not_unicode", "??\nyes"),
+    ]
     assert documents.counts["read"]["qa"] == len(both(documents)) + 3
 
 
@@ -155,11 +161,19 @@ def test_eval_path_is_identity(task: Callable[..., Documents], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
-        ({"question": "q", "response": "a"}, {}, "field 'prompt' is missing; fields here: question, response. Set prompt_"),
+        (
+            {"question": "q", "response": "a"},
+            {},
+            "field 'prompt' is missing; fields here: question, response. Set prompt_",
+        ),
         ({"prompt": "q"}, {}, "field 'response' is missing; fields here: prompt. Set response_field of task qa."),
         ({"prompt": "q", "response": ["a"]}, {}, "field 'response' holds [\"a\"], expected text"),
         ({"prompt": "q", "response": True}, {}, "field 'response' holds true, expected text"),
-        ({"prompt": "q", "response": "a"}, {"group_field": "story"}, "field 'story' is missing; fields here: prompt, resp"),
+        (
+            {"prompt": "q", "response": "a"},
+            {"group_field": "story"},
+            "field 'story' is missing; fields here: prompt, resp",
+        ),
     ],
 )
 def test_a_record_without_its_fields_names_place_and_setting(

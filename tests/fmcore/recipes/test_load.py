@@ -184,7 +184,11 @@ def test_an_unknown_field_inside_a_list_names_its_index(load: Load) -> None:
 @pytest.mark.parametrize(
     ("kind", "line", "answer"),
     [
-        ("pretrain", "train: {learning_rate: 1e-3}", "line 4, train.learning_rate: unknown field. Strata calls it 'lr'"),
+        (
+            "pretrain",
+            "train: {learning_rate: 1e-3}",
+            "line 4, train.learning_rate: unknown field. Strata calls it 'lr'",
+        ),
         ("pretrain", "train: {sequence_len: 128}", "train.sequence_len: unknown field. Strata calls it 'seq_len'"),
         ("pretrain", "train: {num_epochs: 2}", "train.num_epochs: unknown field. Strata calls it 'epochs'"),
         ("pretrain", "train: {warmup_ratio: 0.1}", "Strata calls it 'warmup_fraction'"),
@@ -279,7 +283,9 @@ def test_a_kind_that_is_a_list_is_a_wrong_kind(load: Load) -> None:
 
 
 def test_yaml_merge_keys(load: Load, tmp_path: Path) -> None:
-    text = "kind: pretrain\nname: a\ndata: {sources: [&first {name: x, path: a, format: json}, {<<: *first, name: y}]}\n"
+    text = (
+        "kind: pretrain\nname: a\ndata: {sources: [&first {name: x, path: a, format: json}, {<<: *first, name: y}]}\n"
+    )
     first, second = load(text).data.sources
     assert (second.name, second.path, second.format) == ("y", str(tmp_path / "a"), "json")
     assert first.name == "x"

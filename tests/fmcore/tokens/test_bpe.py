@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from fmcore.errors import DataError
-from fmcore.tokens.bpe import BOS, EOS, IM_END, IM_START, NUM_SPARE, PAD, RESERVED, Encoder, load_tokenizer, start_id, train_bpe
+from fmcore.tokens.bpe import (
+    BOS,
+    EOS,
+    IM_END,
+    IM_START,
+    NUM_SPARE,
+    PAD,
+    RESERVED,
+    Encoder,
+    load_tokenizer,
+    start_id,
+    train_bpe,
+)
 
 
 @pytest.fixture
@@ -17,7 +29,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 
 def test_reserved_ids_come_first_inside_the_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert len(tokenizer) == tokenizer.vocab_size == 400
+    assert len(tokenizer) == tokenizer.vocab_size == 350
     assert [tokenizer.convert_tokens_to_ids(token) for token in RESERVED] == list(range(37))
     assert RESERVED[:5] == [BOS, EOS, PAD, IM_START, IM_END]
     assert len(RESERVED) == 5 + NUM_SPARE == 37
@@ -43,7 +55,7 @@ TEXTS = st.text(max_size=60) | st.lists(
 def test_any_text_comes_back_and_never_holds_a_reserved_id(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     (ids,) = Encoder(tokenizer).encode_batch([text])
     assert tokenizer.decode(ids) == text
-    assert all(37 <= i < 400 for i in ids)
+    assert all(37 <= i < 350 for i in ids)
 
 
 @pytest.mark.parametrize("token", RESERVED[:6])
@@ -63,9 +75,7 @@ def test_no_text_is_too_long(encoder: Encoder) -> None:
     assert len(ids) >= 40_000
 
 
-def test_saved_and_loaded_it_is_the_same(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_saved_and_loaded_it_is_the_same(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     tokenizer.save_pretrained(str(tmp_path))
     loaded = load_tokenizer(tmp_path)
     text = ["The king's  ghost\n\tasked für 3 😀 <|eos|>"]

@@ -43,9 +43,8 @@ def test_control_tokens_are_only_the_templates(tokenizer: PreTrainedTokenizerBas
 def test_a_template_that_renders_the_prompt_differently_masks_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     """As templates do that show the last turn in another way; the caller refuses such a record."""
     other = copy.deepcopy(tokenizer)
-    other.chat_template = (
-        "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    )
+    show = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
+    other.chat_template = show + "{% if add_generation_prompt %}>{% endif %}"
     example = encode_example(other, "prompt", "response")
     assert example.ids
     assert not any(example.mask)

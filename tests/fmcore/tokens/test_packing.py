@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcore.tokens.packing import INDEX_TYPE, pack_best_fit, write_plan
@@ -13,6 +13,7 @@ CAPACITY = 20
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60).map(lambda x: np.array(x, dtype=np.int64))
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_every_record_once_and_no_bin_too_full(lengths: np.ndarray) -> None:
     bins = pack_best_fit(lengths, CAPACITY)
@@ -21,6 +22,7 @@ def test_every_record_once_and_no_bin_too_full(lengths: np.ndarray) -> None:
     assert bins == pack_best_fit(lengths.copy(), CAPACITY)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_no_two_bins_would_fit_into_one(lengths: np.ndarray) -> None:
     filled = sorted(int(sum(lengths[records])) for records in pack_best_fit(lengths, CAPACITY))

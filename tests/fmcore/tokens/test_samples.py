@@ -13,7 +13,7 @@ from fmcore.tokens.shards import Stream, StreamWriter, token_type
 
 PAD = 0
 SEQ_LEN = 8
-DOCUMENTS = st.lists(st.integers(1, 25), min_size=1, max_size=8)
+DOCUMENTS = st.lists(st.integers(2, 25), min_size=1, max_size=8)  # start id and eos at least
 
 
 def write(folder: Path, lengths: list[int], *, vocab_size: int = 1000, masked: bool = False) -> Stream:
