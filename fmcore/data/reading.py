@@ -103,18 +103,25 @@ def _plain_texts(path: Path, file: TextIO, split_on: str) -> Iterator[RawText]:
 
 
 def _pieces(path: Path, lines: Iterator[str], min_chars: int) -> Iterator[RawText]:
-    """Cut at blank lines, once a piece has min_chars."""
+    """Cut at blank lines, once a piece has min_chars; a shorter end belongs to the piece before it."""
+    ready: RawText | None = None
     piece: list[str] = []
     size, first = 0, 1
     for number, line in enumerate(lines, 1):
         if not line.strip() and size >= min_chars:
-            yield RawText(f"{path}:{first}", "".join(piece), {})
+            if ready:
+                yield ready
+            ready = RawText(f"{path}:{first}", "".join(piece), {})
             piece, size, first = [], 0, number + 1
         elif line.strip() or piece:
             piece.append(line)
             size += len(line)
         else:
             first = number + 1
+    if ready and piece and size < min_chars:
+        ready, piece = ready._replace(text=ready.text + "\n" + "".join(piece)), []
+    if ready:
+        yield ready
     if piece:
         yield RawText(f"{path}:{first}", "".join(piece), {})
 

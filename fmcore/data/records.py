@@ -7,7 +7,7 @@ from typing import Any
 from fmcore.artifacts.files import DigestCache
 from fmcore.artifacts.store import Fields
 from fmcore.data.files import files_by_digest
-from fmcore.data.holdout import HoldoutCheck, group_fraction
+from fmcore.data.holdout import MIN_HELDOUT, HoldoutCheck, group_fraction
 from fmcore.data.normalize import content_id, encodable, normalize
 from fmcore.data.reading import field_message, read_json_objects
 from fmcore.data.tables import DROPPED, RECORDS, TableWriter
@@ -62,6 +62,10 @@ class _TaskSplit:
             )
         if not task.eval_path:
             check.check(self._heldout.num_rows, setting=f"the holdout of task {task.name}")
+        elif self._heldout.num_rows < MIN_HELDOUT:
+            raise DataError(
+                f"task {task.name}: eval_path holds {self._heldout.num_rows} records, at least {MIN_HELDOUT} are needed"
+            )
         if not self._train.num_rows:
             raise DataError(
                 f"task {task.name}: no record is left to train on, all are held out or dropped; give it more "

@@ -81,7 +81,18 @@ def test_batching_changes_nothing(
     whole = {a.id: a.answer for a in answer_records(model, tokenizer, records, CHOICES, SEQ_LEN)}
     monkeypatch.setattr(answers_module, "PROMPTS_PER_BATCH", 1)
     assert {a.id: a.answer for a in answer_records(model, tokenizer, records, CHOICES, SEQ_LEN)} == whole
-    assert len(set(whole.values())) > 1
+
+
+def test_the_whole_ranking_is_right(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record]
+) -> None:
+    """Without the best one the second wins, and so on: longer choices come to win too."""
+    for record in records[:5]:
+        scores = dict(zip(CHOICES, full_scores(model, tokenizer, record.prompt, CHOICES), strict=True))
+        ranking = sorted(CHOICES, key=scores.__getitem__, reverse=True)
+        for first, best in enumerate(ranking):
+            [answer] = answer_records(model, tokenizer, [record], tuple(sorted(ranking[first:])), SEQ_LEN)
+            assert answer.answer == best
 
 
 def test_generation_is_greedy_and_taken_at_its_word(
@@ -89,7 +100,7 @@ def test_generation_is_greedy_and_taken_at_its_word(
 ) -> None:
     from fmcore.model.generate import generate_text
 
-    free = list(answer_records(model, tokenizer, records[:6], (), SEQ_LEN))
+    free = list(answer_records(model, tokenizer, records[:3], (), SEQ_LEN))
     prompts = {record.id: record.prompt for record in records}
     for answer in free:
         alone = generate_text(model, tokenizer, prompts[answer.id], chat=True, max_new_tokens=64)
