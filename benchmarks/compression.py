@@ -25,7 +25,9 @@ def main() -> None:
         sys.exit("no model docs/1 in this home: run `make demo` first")
     documents = documents_of(store, base)
     heldout, train = (
-        "\n".join(row["content"] for row in read_rows(documents.path / side / f"{SOURCE}.parquet", ["content"])).encode()
+        "\n".join(
+            row["content"] for row in read_rows(documents.path / side / f"{SOURCE}.parquet", ["content"])
+        ).encode()
         for side in ("heldout", "train")
     )
     metrics = store.get(base.parents["report"], EvalReport).metrics

@@ -66,8 +66,14 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
         record=workspace.runs / f"{resolved.steps.model.fingerprint[:16]}.mlflow.json",
         recipe=recipe.model_dump(mode="json"),
     )
-    with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, runtime.flow_run.ui_url)):
+    with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, _flow_run_page())):
         yield StageRecord(resolved.record), resolved.parent
+
+
+def _flow_run_page() -> str | None:
+    """The flow run's page; None under an embedded server, which has no address that outlives the run."""
+    url = runtime.flow_run.ui_url
+    return url if url and url.startswith("http") else None
 
 
 @contextmanager

@@ -191,9 +191,7 @@ class Home:
         from fmcore.tokens.tokenize import tokenize_documents
 
         documents, stage = self.documents(recipe), self.resolve(recipe)
-        return tokenize_documents(
-            stage.steps.shards, documents, tokenizer_of(stage.recipe), stage.parent, self.store
-        )
+        return tokenize_documents(stage.steps.shards, documents, tokenizer_of(stage.recipe), stage.parent, self.store)
 
     def spec(self, recipe: dict[str, Any]) -> Any:
         """The spec of the training."""
@@ -277,6 +275,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         # peft 0.21 asks transformers 5 for a property of its old name
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+        # prefect's database types lack what SQLAlchemy 2.1 asks for; raised when mappers are configured
+        "ignore:Type object .* does not refer to an OperatorClass",
         # peft looks for the base `plays/1` on the Hub when it saves; goes away with save_embedding_layers=False
         "ignore:Could not find a config file in:UserWarning",
     ):
@@ -298,6 +298,7 @@ def quiet_environment() -> Iterator[None]:
             "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
         }.items():
             patch.setenv(name, os.environ.get(name, value))
         yield
@@ -342,9 +343,7 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_home(
-    tmp_path_factory: pytest.TempPathFactory, empty_home: Path, tiny: Tiny, corpora: dict[str, Path]
-) -> Home:
+def base_home(tmp_path_factory: pytest.TempPathFactory, empty_home: Path, tiny: Tiny, corpora: dict[str, Path]) -> Home:
     """A home with plays/1, the champion, trained for 20 steps on `old`. Read only; tests copy it."""
     path = tmp_path_factory.mktemp("base") / "home"
     shutil.copytree(empty_home, path)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from fmcore.errors import TrackingError
 from fmcore.tracking.client import connect, experiment_id, without_credentials
 from fmcore.tracking.runs import StageRun, Status, start_run
-from fmcore.tracking.uploader import MetricsUploader
+from fmcore.tracking.uploader import MetricsUploader, upload_pending
 
 logger = logging.getLogger("strata")
 EXPERIMENT = "strata"
@@ -92,6 +92,11 @@ class StageTracking:
             yield
         finally:
             uploader.close(CLOSE_SECONDS)
+
+    def send_metrics(self, metrics: Path) -> None:
+        """Send the rows of metrics.jsonl that an outage kept back. Raises TrackingError."""
+        client, run = self.required()
+        upload_pending(client, run.run_id, metrics, self._sent)
 
     def finish(self, status: Status) -> None:
         """End the run with its true status."""

@@ -1,6 +1,6 @@
 """Sends metrics.jsonl, which is the truth, to MLflow in the background; training never waits for it.
 
-What was sent is remembered beside it, so that a later attempt, or `strata sync`, goes on there: MLflow
+What was sent is remembered beside it, so that a later attempt goes on there: MLflow
 keeps duplicate rows of a step.
 """
 
@@ -77,7 +77,7 @@ class MetricsUploader:
         self._thread.join(timeout_s)
         complete = not self._thread.is_alive() and not self._failing
         if not complete:
-            logger.warning("MLflow lacks the last metrics of run %s; `strata sync` sends them", self._run_id)
+            logger.warning("MLflow lacks the last metrics of run %s; registering its model sends them", self._run_id)
         return complete
 
     def _run(self) -> None:

@@ -89,9 +89,7 @@ def test_independent_of_what_else_is_in_the_batch(
         assert other == pytest.approx(together, rel=1e-6)
 
 
-def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(
-    tokenizer: PreTrainedTokenizerBase, tiny: Any
-) -> None:
+def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(tokenizer: PreTrainedTokenizerBase, tiny: Any) -> None:
     uniform = build_model(SHAPE, tokenizer, SEQ_LEN, seed=0).eval()
     with torch.no_grad():
         uniform.get_output_embeddings().weight.zero_()
@@ -113,9 +111,7 @@ def test_windows_predict_every_token_but_the_first_once() -> None:
         assert max(len(window) for window in cut_windows(ids, SEQ_LEN)) <= SEQ_LEN + 1
 
 
-def test_control_tokens_in_a_text_are_plain_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_control_tokens_in_a_text_are_plain_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A document that holds `<|eos|>` is not cut short by it."""
     [score] = score_documents(model, tokenizer, [("0" * 32, "a <|eos|> b")], SEQ_LEN)
     assert isinstance(score, DocumentBits)

@@ -127,9 +127,7 @@ def test_a_lora_parent_is_merged_first(based: Any, tiny: Any, corpora: dict[str,
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_continuing_a_lora_parent(
-    based: Any, tiny: Any, corpora: dict[str, Path], schedule: str
-) -> None:
+def test_continuing_a_lora_parent(based: Any, tiny: Any, corpora: dict[str, Path], schedule: str) -> None:
     """Its stable state, where it has one, is that of the adapter: no full model starts from that."""
     tuned = based.run(recipe(tiny, corpora, train={"schedule": schedule}))
     again = tiny.continued(corpora["new"], parent=tuned.uri, replay={"fraction": 0.25})

@@ -219,7 +219,7 @@ def test_a_dead_server_costs_training_nothing_and_is_told_once(
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 2, told
     assert "stay in" in told[0]
-    assert "strata sync" in told[1]
+    assert "registering its model" in told[1]
     assert not sent.exists()
 
 

@@ -215,9 +215,7 @@ def test_a_second_week_sees_nothing_twice(based: Any, tiny: Any, tmp_path: Path,
     assert not set(counts["new"]) & set(counts["replay/new"])
 
 
-def test_the_same_sources_again_hold_no_new_data(
-    fresh_home: Any, tiny: Any, corpora: dict[str, Path]
-) -> None:
+def test_the_same_sources_again_hold_no_new_data(fresh_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     """All were seen before the decay began, so nothing is left."""
     base = fresh_home.run(tiny.pretrain(corpora["old"], train={"tokens": 0, "epochs": 4}))
     again = tiny.continued(corpora["old"])

@@ -195,9 +195,7 @@ def test_killed_twice_it_ends_in_the_same_bits(case: Case, tmp_path: Path, undis
     assert "resuming after step 0" not in text
 
 
-def test_sigterm_to_the_parent_saves_and_leaves_nobody(
-    case: Case, tmp_path: Path, undisturbed: dict[str, Any]
-) -> None:
+def test_sigterm_to_the_parent_saves_and_leaves_nobody(case: Case, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     log = tmp_path / "log"
     with training(case, log, until=10) as (driver, child):
         start = time.monotonic()
@@ -216,9 +214,7 @@ def test_sigterm_to_the_parent_saves_and_leaves_nobody(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interval", [0, 0.2])
-def test_five_random_moments(
-    case: Case, tmp_path: Path, undisturbed: dict[str, Any], interval: float
-) -> None:
+def test_five_random_moments(case: Case, tmp_path: Path, undisturbed: dict[str, Any], interval: float) -> None:
     """Child, parent, both, a SIGTERM, and one that comes while the child still imports. interval 0 saves after
     every step, so that most moments fall into a save."""
     changed = json.loads(case.recipe.read_text())
@@ -228,7 +224,10 @@ def test_five_random_moments(
     case, log = Case(case.home, recipe), tmp_path / "log"
     hows = random.sample(["child", "parent", "both", "term"], 4)
     steps = sorted(random.sample(range(5, STEPS // 2), 4))
-    moments = [("both", -1, random.random() * 4), *((how, at, random.random() * 0.2) for how, at in zip(hows, steps, strict=True))]
+    moments = [
+        ("both", -1, random.random() * 4),
+        *((how, at, random.random() * 0.2) for how, at in zip(hows, steps, strict=True)),
+    ]
     print("moments", moments)
     for how, until, delay in moments:
         disturb(case, log, how, until, delay)

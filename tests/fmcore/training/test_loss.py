@@ -91,7 +91,9 @@ def test_frozen_head_is_not_differentiated(monkeypatch: pytest.MonkeyPatch) -> N
     )
     loss = next_token_loss(hidden, frozen, labels, 15)
     got = torch.autograd.grad(loss, hidden)
-    torch.testing.assert_close(got, torch.autograd.grad(reference(hidden, frozen, labels), hidden), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        got, torch.autograd.grad(reference(hidden, frozen, labels), hidden), atol=1e-6, rtol=1e-6
+    )
     assert saved[0][0] is not None
     assert saved[0][1] is None
 
