@@ -201,6 +201,7 @@ def test_help_and_no_arguments(strata: Run, base_home: Any) -> None:
         assert command in done.stdout
 
 
+@pytest.mark.slow
 def test_run_from_nothing_stopped_and_resumed(
     strata: Run, fresh_home: Any, tiny: Any, corpora: dict[str, Path], write: Callable[..., Path], cwd: Path,
     tmp_path: Path,

@@ -1,5 +1,6 @@
 """Documents packed into one row do not see each other, on the attention backend that training uses."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def rows(form: str, folder: Path, vocab_size: int) -> tuple[list[Row], Stream]:
 def pieces(row: Row) -> list[slice]:
     """The documents of a row, by where its positions start again."""
     starts = [*np.flatnonzero(row.position_ids == 0), SEQ_LEN]
-    return [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
+    return [slice(int(a), int(b)) for a, b in pairwise(starts)]
 
 
 @torch.no_grad()

@@ -227,6 +227,14 @@ def test_the_same_sources_again_hold_no_new_data(fresh_home: Any, tiny: Any, cor
     assert base.fingerprint == stage.parent.fingerprint
 
 
+@pytest.mark.xfail(strict=True, raises=DataError, reason="what is left over is never held out: see HoldoutCheck")
+def test_after_one_epoch_what_only_the_decay_saw_is_new(fresh_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
+    """The stable weights saw 85 % of the epoch; the rest can be trained on, though none of it is held out."""
+    fresh_home.run(tiny.pretrain(corpora["old"], train={"tokens": 0, "epochs": 1}))
+    documents = fresh_home.documents(tiny.continued(corpora["old"]))
+    assert 0 < documents.num_train < 20
+
+
 def test_without_a_stable_checkpoint_it_rewarms_from_the_final_one(
     fresh_home: Any, tiny: Any, corpora: dict[str, Path]
 ) -> None:
@@ -265,5 +273,5 @@ def test_max_epochs_refuses(based: Any, tiny: Any, corpora: dict[str, Path]) -> 
 
 def test_no_parent_data_named(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     """A path that does not exist is one message, before any work."""
-    with pytest.raises(DataError, match="gone.jsonl"):
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
         based.documents(tiny.continued(corpora["new"].with_name("gone.jsonl")))
