@@ -8,14 +8,20 @@ document the model could have trained on (with a dictionary of 64 MiB), which a 
 
 import lzma
 import sys
+from pathlib import Path
 
 from fmcore.artifacts.ancestry import documents_of
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import EvalReport, RegisteredModel
 from fmcore.data.tables import read_rows
+from fmcore.evaluation.scores import read_scores
 from fmcore.workspace import Workspace
 
 SOURCE = "docs"
+
+
+def joined(table: Path, ids: set[str] | None) -> bytes:
+    return "\n".join(row["content"] for row in read_rows(table) if ids is None or row["id"] in ids).encode()
 
 
 def main() -> None:
@@ -24,13 +30,10 @@ def main() -> None:
     if base is None:
         sys.exit("no model docs/1 in this home: run `make demo` first")
     documents = documents_of(store, base)
-    heldout, train = (
-        "\n".join(
-            row["content"] for row in read_rows(documents.path / side / f"{SOURCE}.parquet", ["content"])
-        ).encode()
-        for side in ("heldout", "train")
-    )
-    metrics = store.get(base.parents["report"], EvalReport).metrics
+    report = store.get(base.parents["report"], EvalReport)
+    metrics, scored = report.metrics, set(read_scores(report.path)[SOURCE].ids)
+    heldout = joined(documents.path / "heldout" / f"{SOURCE}.parquet", scored)
+    train = joined(documents.path / "train" / f"{SOURCE}.parquet", None)
     alone = 8 * len(lzma.compress(heldout, preset=9)) / len(heldout)
     primed = 8 * (len(lzma.compress(train + heldout, preset=9)) - len(lzma.compress(train, preset=9))) / len(heldout)
     value, low, high = (metrics[f"eval/{SOURCE}/bpb{end}"] for end in ("", "_low", "_high"))

@@ -25,6 +25,7 @@ from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import EvalReport, RegisteredModel
 from fmcore.data.tables import read_rows
 from fmcore.errors import StrataError
+from fmcore.evaluation.scores import read_scores
 from fmcore.evaluation.spec import SAMPLES_FILE
 from fmcore.recipes.load import load_recipe
 from fmcore.workspace import Workspace
@@ -72,20 +73,21 @@ def _show_corpus(made: dict, folder: Path, console: Console) -> None:
 
 def compression_table(base: RegisteredModel, store: Store) -> Table:
     """The base against `xz -9` on the same held-out text: does it know more than repetition tells?"""
-    metrics = store.get(base.parents["report"], EvalReport).metrics
+    report = store.get(base.parents["report"], EvalReport)
+    metrics, scored = report.metrics, read_scores(report.path)
     documents = documents_of(store, base)
     table = Table("held-out text", base.uri, "xz -9", title="bits per byte, base model", title_justify="left")
     for path in sorted((documents.path / "heldout").glob("*.parquet")):
         metric = f"eval/{path.stem}/bpb"
         if metric in metrics:
             score = f"{metrics[metric]:.3f} ±{half_width(metrics, metric):.3f}"
-            table.add_row(path.stem, score, f"{xz_bits_per_byte(path):.3f}")
+            table.add_row(path.stem, score, f"{xz_bits_per_byte(path, set(scored[path.stem].ids)):.3f}")
     return table
 
 
-def xz_bits_per_byte(heldout: Path) -> float:
-    """Bits per byte of `xz -9` over all held-out texts of a source at once."""
-    text = "\n".join(row["content"] for row in read_rows(heldout, ["content"])).encode()
+def xz_bits_per_byte(heldout: Path, ids: set[str]) -> float:
+    """Bits per byte of `xz -9` over the held-out texts of these ids, all at once."""
+    text = "\n".join(row["content"] for row in read_rows(heldout) if row["id"] in ids).encode()
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
