@@ -175,7 +175,6 @@ class Home:
         """Recipe as a mapping -> ResolvedStage."""
         from fmcore.planning.resolve import resolve_stage
 
-        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow itself sets it to what was last connected to
         return resolve_stage(parse_recipe(recipe), self.workspace, self.store, **options)
 
     def documents(self, recipe: dict[str, Any]) -> Documents:
@@ -277,8 +276,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
         # prefect's database types lack what SQLAlchemy 2.1 asks for; raised when mappers are configured
         "ignore:Type object .* does not refer to an OperatorClass",
-        # peft looks for the base `plays/1` on the Hub when it saves; goes away with save_embedding_layers=False
-        "ignore:Could not find a config file in:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
 

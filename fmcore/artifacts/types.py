@@ -95,8 +95,8 @@ class Checkpoint(Artifact):
     @property
     def stable(self) -> Path | None:
         """Weights and optimizer where the decay begins; None where there is no such point."""
-        path = self.path / "stable"
-        return path if path.is_dir() else None
+        path = self.path / "stable"  # an adapter has none: continuing it goes on from the merged weights
+        return path if self.method == "full" and path.is_dir() else None
 
     @property
     def start(self) -> Literal["stable", "final"]:

@@ -179,7 +179,9 @@ def _split_source(
             continue
         side = "heldout" if check.is_heldout(fraction_of(document_id)) else "train"
         split.keep(side, source, document_id, content, raw.metadata)
-    check.check(split.kept["heldout"][source], setting="data.holdout")
+    # what an ancestor held out of this source is evaluated on too, in the ancestor's own set
+    num_heldout = split.kept["heldout"][source] + split.dropped[source]["heldout_by_ancestor"]
+    check.check(num_heldout, setting="data.holdout")
 
 
 def source_rows(documents: Documents, data: TextData | TaskData) -> list[tuple[str, str, str, str]]:

@@ -44,7 +44,7 @@ def judge_contender(
     theirs = read_scores(
         evaluate_model(champion, new.documents, new.parent, evaluation, execution, store, on_line=on_line).path
     )
-    own = {name for name, count in new.documents.counts["heldout"].items() if count}
+    own = {name for name, count in new.documents.counts["heldout"].items() if count} or set(mine)
     roles: dict[str, Role] = {name: "target" if name in own else "protected" for name in mine}
     if not _is_ancestor(champion, new.parent, store):
         extra = _on_sets_of(champion, new, evaluation, execution, store, on_line)

@@ -1,7 +1,8 @@
 """The evaluation process: `python -m fmcore.evaluation.child SPEC.json`, in the report's partial folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,7 @@ ANSWERS = pa.schema(
     ]
 )
 PROMPT_WORDS = 12
+RowT = TypeVar("RowT")
 
 
 def main(path: Path) -> bool:
@@ -57,16 +59,15 @@ def main(path: Path) -> bool:
         rows = select_rows(item, spec, seen)
         if item.kind == "text":
             scored = score_documents(model, tokenizer, ((r["id"], r["content"]) for r in rows), spec.seq_len)
-            documents += [{"set": item.name, **score._asdict()} for score in scored]
+            documents += [{"set": item.name, **score._asdict()} for score in _beating(scored, heartbeat)]
         else:
             records = [Record(r["id"], r["prompt"], r["response"]) for r in rows]
             answered = answer_records(model, tokenizer, records, item.choices, spec.seq_len)
-            answers += [{"set": item.name, **answer._asdict()} for answer in answered]
+            answers += [{"set": item.name, **answer._asdict()} for answer in _beating(answered, heartbeat)]
         print(
             f"evaluated {item.name}: {len(rows)} {'documents' if item.kind == 'text' else 'records'}",
             flush=True,
         )
-        heartbeat.beat()
         if stop.requested:
             return False
     folder = path.parent
@@ -74,6 +75,12 @@ def main(path: Path) -> bool:
     pq.write_table(pa.Table.from_pylist(answers, schema=ANSWERS), folder / ANSWERS_FILE)
     write_json(folder / SAMPLES_FILE, samples(spec, model, tokenizer))
     return True
+
+
+def _beating(rows: Iterator[RowT], heartbeat: Heartbeat) -> Iterator[RowT]:
+    for row in rows:
+        heartbeat.beat()
+        yield row
 
 
 def select_rows(item: EvalSet, spec: EvalSpec, seen: Ledger) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors; base: the base's name and version."""
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder), safe_serialization=True)
+    # without False peft asks the hub for the base's config, to see whether the embeddings have grown
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     readme = folder / "README.md"
     readme.unlink(missing_ok=True)  # peft's template is empty; the version has a card of its own

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ def build_model(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seq_
     try:
         config = AutoConfig.for_model(**fields)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, StrictDataclassError) as error:
         raise RecipeError(f"model.config: transformers cannot build this model: {error}") from error
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)}")
@@ -44,6 +45,7 @@ def open_model(weights: Weights) -> PreTrainedModel:
         load_parameters(model, load_file(weights.tensors))
     for adapter in weights.adapters:
         model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+    model.requires_grad_(True)  # peft had frozen what an adapter was merged into
     return check_supported(model)
 
 

@@ -53,11 +53,25 @@ def _client(uri: str) -> MlflowClient:
     with talking_to(uri):
         if (database := local_database(uri)) is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
+        with _environment_kept("MLFLOW_TRACKING_URI"), _environment_kept("MLFLOW_REGISTRY_URI"):
+            mlflow.set_tracking_uri(uri)
+            mlflow.set_registry_uri(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+@contextmanager
+def _environment_kept(name: str) -> Iterator[None]:
+    """MLflow writes the address into the environment, where it would pass for the user's own setting."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def experiment_id(client: MlflowClient, name: str, home: Path) -> str:
@@ -140,12 +154,6 @@ def _innermost(text: str) -> str:
 def patient_http() -> Iterator[None]:
     """Let single requests take minutes: a server answers an upload only when its object store has it."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ.get(name)
-    os.environ[name] = str(max(int(before or 0), UPLOAD_TIMEOUT_SECONDS))
-    try:
+    with _environment_kept(name):
+        os.environ[name] = str(max(int(os.environ.get(name) or 0), UPLOAD_TIMEOUT_SECONDS))
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -20,6 +20,8 @@ from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
 from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest, save_latest
 from fmcore.training.loop import train
+from fmcore.training.metrics import FILE_NAME as METRICS
+from fmcore.training.metrics import MetricsLog
 from fmcore.training.optimizer import make_adamw
 from fmcore.training.spec import TrainSpec
 
@@ -51,7 +53,9 @@ def main(path: Path) -> bool:
     warn_of_other_packages(state)
     _announce(spec, trained, state)
     batches = Batches(spec, pad_id=pad_id(tokenizer))
-    if not train(spec, folder, model, trainee, batches, state, stop, heartbeat):
+    with MetricsLog(folder / METRICS, state.step) as log:
+        done = train(spec, folder, model, trainee, batches, state, log, stop, heartbeat)
+    if not done:
         print(f"stopped after step {state.step}, saved")
         return False
     write_final(spec, folder, trained, tokenizer, batches, state)

@@ -26,6 +26,7 @@ def train(
     trainee: Trainee,
     batches: Batches,
     state: TrainState,
+    log: MetricsLog,
     stop: Stop,
     heartbeat: Heartbeat,
 ) -> bool:
@@ -38,12 +39,11 @@ def train(
     head = model.get_output_embeddings().weight
     parameters = list(trainee.parameters.values())
     num_steps = spec.schedule.num_steps
-    log = MetricsLog(folder / "metrics.jsonl", state.step)
     last_save = time.monotonic()
     model.train()
 
     while state.step < num_steps:
-        if state.step == spec.schedule.stable_step:
+        if state.step == spec.schedule.stable_step and spec.method == "full":
             write_state(folder / "stable", trainee, state)
         if stop.requested:
             save_latest(folder / "latest", trainee, state)
@@ -94,7 +94,6 @@ def train(
         if time.monotonic() - last_save >= spec.save_interval_s and state.step < num_steps:
             save_latest(folder / "latest", trainee, state)
             last_save = time.monotonic()
-    log.close()
     return True
 
 

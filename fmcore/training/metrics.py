@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 FILE_NAME = "metrics.jsonl"
@@ -19,8 +20,12 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """End the file."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 

@@ -81,7 +81,6 @@ def test_step_seeds_differ() -> None:
 
 
 # the log of a training that raises stays open until its process ends
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_diverged_training_stops_with_advice(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     with pytest.raises(Exception, match=r"lower train\.lr"):
         based.train(tiny.finetune(corpora["records"], train={"lr": 1e30, "grad_clip": 1e30}))

@@ -227,7 +227,6 @@ def test_the_same_sources_again_hold_no_new_data(fresh_home: Any, tiny: Any, cor
     assert base.fingerprint == stage.parent.fingerprint
 
 
-@pytest.mark.xfail(strict=True, raises=DataError, reason="what is left over is never held out: see HoldoutCheck")
 def test_what_a_short_training_left_over_can_be_trained_on(fresh_home: Any, tiny: Any, tmp_path: Path) -> None:
     """Prepared but unsampled documents stay new, though none of them is held out at the same `holdout`."""
     old = tiny.corpus(tmp_path, "old", num=200)
