@@ -1,6 +1,6 @@
 """One training step in three ways: transformers' own loss, our chunked loss, and that with allocator settings.
 
-    python benchmarks/training_step.py [--parameters tiny small] [--repeats 5]
+    python benchmarks/training_step.py [--workloads tiny small] [--repeats 3]
 
 Each arm runs in a process of its own; arms are interleaved and medians taken, so that a busy machine slows
 all of them alike. Every arm does the same arithmetic on the same batch: forward, backward, clip, AdamW.
@@ -25,7 +25,7 @@ from fmcore.process.launch import ALLOCATOR
 
 ARMS = ("transformers", "chunked", "chunked+allocator", "transformers+allocator")
 WORKLOADS = {"tiny": 4096, "small": 16384}  # preset -> vocabulary
-SEQ_LEN, ROWS, STEPS, WARMUP = 256, 16, 12, 3
+SEQ_LEN, ROWS, STEPS, WARMUP = 256, 8, 8, 2
 
 
 def measure(preset: str, arm: str) -> dict[str, float]:
@@ -70,7 +70,7 @@ def run_arm(preset: str, arm: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--workload", choices=list(WORKLOADS))
     args = parser.parse_args()

@@ -22,6 +22,7 @@ app = typer.Typer(
 console = Console()
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Rehash = Annotated[bool, typer.Option("--rehash", help="Read every source anew; mistrust sizes and dates.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Set a recipe field, as in train.lr=1e-3."),
@@ -39,6 +40,7 @@ def run(
         bool,
         typer.Option("--fresh", help="Forget an unfinished run of this recipe: resolve its parent anew."),
     ] = False,
+    rehash: Rehash = False,
 ) -> None:
     """Run a recipe: pretrain, finetune, continue-pretrain or lifecycle. Interrupted, it resumes.
 
@@ -46,17 +48,19 @@ def run(
     """
     from deployments.running import run_recipe
 
+    _mistrust_digests(rehash)
     raise typer.Exit(run_recipe(load_recipe(recipe, set_ or []), console, fresh=fresh).code)
 
 
 @app.command()
-def plan(recipe: RecipeFile, set_: Overrides = None) -> None:
+def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False) -> None:
     """Say for each step of a recipe whether it is done, why not, and what the training will cost.
 
     Example: strata plan recipes/plays.yaml --set train.tokens=4_000_000
     """
     from deployments.planning import print_plan
 
+    _mistrust_digests(rehash)
     print_plan(load_recipe(recipe, set_ or []), console)
 
 
@@ -160,6 +164,11 @@ def up(
     from deployments.up import serve
 
     serve(port, console)
+
+
+def _mistrust_digests(rehash: bool) -> None:
+    if rehash:
+        Workspace.current().digests.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -22,6 +22,11 @@ class Workspace:
         return self.home / "runs"
 
     @property
+    def digests(self) -> Path:
+        """What is remembered of files' sha256s; without it every file is read again."""
+        return self.home / "cache" / "digests.json"
+
+    @property
     def own_tracking_uri(self) -> str:
         """The home's own MLflow database."""
         return f"sqlite:///{self.home / 'mlflow.db'}"
