@@ -85,7 +85,7 @@ def print_generated(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     text = generate_text(
-        open_model(final_weights(store, checkpoint)).eval(), load_tokenizer(shards.tokenizer_path), prompt,
+        open_model(final_weights(store, checkpoint)).eval(), load_tokenizer(store.check(shards).tokenizer_path), prompt,
         chat=shards.form == "records", max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
     )  # fmt: skip
     console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -104,7 +104,7 @@ def _best_scores(
     best: dict[str, list[SetScores]] = {}
     for model in _champions(champion, store, is_reset):
         report = store.get(model.parents["report"], EvalReport)
-        scores = read_scores(report.path)
+        scores = read_scores(store.check(report).path)
         for name, origin in _set_origins(report):
             if origin in names and name in scores:
                 best.setdefault(names[origin], []).append(_named(scores[name], names[origin]))

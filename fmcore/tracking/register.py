@@ -57,6 +57,9 @@ def register_model(
 ) -> RegisteredModel:
     """Publish a version, decide on it, and record both. Raises TrackingError where the registry fails."""
 
+    store.check(contender.checkpoint)
+    store.check(contender.report)
+
     def builder(building: Building) -> Fields:
         for attempt in range(ATTEMPTS):
             champion = registry.champion(client, str(step.config["model"]))
