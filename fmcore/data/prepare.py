@@ -180,8 +180,8 @@ def _split_source(
         side = "heldout" if check.is_heldout(fraction_of(document_id)) else "train"
         split.keep(side, source, document_id, content, raw.metadata)
     # what an ancestor held out of this source is evaluated on too, in the ancestor's own set
-    num_heldout = split.kept["heldout"][source] + split.dropped[source]["heldout_by_ancestor"]
-    check.check(num_heldout, setting="data.holdout")
+    by_ancestors = split.dropped[source]["heldout_by_ancestor"] if source in split.dropped else 0
+    check.check(split.kept["heldout"][source] + by_ancestors, setting="data.holdout")
 
 
 def source_rows(documents: Documents, data: TextData | TaskData) -> list[tuple[str, str, str, str]]:
