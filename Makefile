@@ -33,7 +33,7 @@ check: setup       ## style, types, import rules
 	$(BIN)/lint-imports
 
 bench: setup       ## speed, memory and compression, as published in benchmarks/
-	$(BIN)/python -P benchmarks/training_step.py
+	$(BIN)/python -P benchmarks/training_step.py --workloads tiny
 	$(BIN)/python -P benchmarks/compression.py
 
 up: setup          ## Prefect and MLflow pages of this home, on 127.0.0.1

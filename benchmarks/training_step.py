@@ -41,7 +41,7 @@ def measure(preset: str, arm: str) -> dict[str, float]:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     tokens = torch.randint(0, vocabulary, (ROWS, SEQ_LEN + 1))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     seconds = []
     for _ in range(WARMUP + STEPS):
         start = time.perf_counter()
