@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fmcore.artifacts.store import RECORD, Store, load_any
+from fmcore.artifacts.store import RECORD, Store
 from fmcore.errors import IntegrityError, Interrupted, StrataError
 from fmcore.recipes.load import load_recipe
 from fmcore.workspace import Workspace
@@ -146,7 +146,7 @@ def verify(
     folders = [path] if path else sorted(p.parent for p in store.root.glob(f"*/*/{RECORD}"))
     damaged = 0
     for folder in folders:
-        problems = list(store.problems(load_any(folder).path))
+        problems = list(store.problems(folder)) if (folder / RECORD).is_file() else [f"{folder} has no {RECORD}"]
         damaged += bool(problems)
         console.print(f"{folder.name}: {'intact' if not problems else 'DAMAGED'}", highlight=False)
         for problem in problems:

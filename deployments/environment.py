@@ -8,6 +8,7 @@ from pathlib import Path
 from fmcore.workspace import Workspace
 
 UP_FILE = "up.json"
+EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while we run a Prefect server for ourselves alone
 
 
 def prepare_environment(workspace: Workspace) -> None:
@@ -16,7 +17,6 @@ def prepare_environment(workspace: Workspace) -> None:
     os.environ["STRATA_HOME"] = str(workspace.home)
     defaults = {
         "PREFECT_HOME": str(workspace.home / "prefect"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "strata",
@@ -44,7 +44,8 @@ def addresses(workspace: Workspace) -> list[str]:
     """Home, Prefect and MLflow, as printed first and last."""
     from fmcore.tracking.client import shown_uri  # mlflow reads the environment when it is imported
 
-    prefect = os.environ.get("PREFECT_API_URL", f"embedded, on {Path(os.environ['PREFECT_HOME']) / 'prefect.db'}")
+    embedded = f"embedded, on {Path(os.environ['PREFECT_HOME']) / 'prefect.db'}"
+    prefect = embedded if EMBEDDED_VARIABLE in os.environ else os.environ.get("PREFECT_API_URL", embedded)
     return [
         f"home     {workspace.home}",
         f"prefect  {shown_uri(prefect)}",

@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from deployments.environment import addresses, prepare_environment
+from deployments.servers import ensure_prefect
 from deployments.summary import reasons, stage_table
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, ARTIFACT_TYPES, Documents, RegisteredModel
@@ -42,12 +43,21 @@ def run_recipe(recipe: Recipe, console: Console, *, fresh: bool = False) -> Outc
     if models is not None:
         console.print("Every step is there already; nothing was started.")
     else:
-        with _stop_on_sigterm(), _logging(console), _progress(console):
-            models = _run_flow(recipe, fresh=fresh)
+        models = _run(recipe, workspace, console, fresh=fresh)
     _show(models, store, console)
     print_addresses(workspace, console)
     accepted = all(model.verdict in ACCEPTED for model in models)
     return Outcome(models, 0 if accepted else REFUSED)
+
+
+def _run(recipe: Recipe, workspace: Workspace, console: Console, *, fresh: bool) -> list[RegisteredModel]:
+    try:
+        with _stop_on_sigterm():
+            ensure_prefect(workspace)
+            with _logging(console), _progress(console):
+                return _run_flow(recipe, fresh=fresh)
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped; run the same command again to resume") from error
 
 
 def _run_flow(recipe: Recipe, *, fresh: bool) -> list[RegisteredModel]:
@@ -60,14 +70,8 @@ def _run_flow(recipe: Recipe, *, fresh: bool) -> list[RegisteredModel]:
     from flows.running import starting_fresh
 
     flows: dict[str, Any] = {f.name: f for f in (pretrain, finetune, continue_pretrain, lifecycle)}
-    try:
-        if fresh:
-            with starting_fresh():
-                result = flows[recipe.kind](recipe)
-        else:
-            result = flows[recipe.kind](recipe)
-    except KeyboardInterrupt as error:
-        raise Interrupted("stopped; run the same command again to resume") from error
+    with starting_fresh() if fresh else nullcontext():
+        result = flows[recipe.kind](recipe)
     if isinstance(result, list):
         return result
     return [result] if result else []

@@ -1,5 +1,6 @@
 """Around the five calls: what is resolved before them, the MLflow run they share, and how it ends."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from fmcore.workspace import Workspace
 from tasks.context import Stage, running
 
 STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
+EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while `strata run` has a Prefect server of its own
 _PIPELINE: ContextVar[str | None] = ContextVar("pipeline", default=None)
 _FRESH: ContextVar[bool] = ContextVar("fresh", default=False)
 
@@ -71,9 +73,10 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
 
 
 def _flow_run_page() -> str | None:
-    """The flow run's page; None under an embedded server, which has no address that outlives the run."""
+    """The flow run's page; None where the server is there for this run alone, and its address with it."""
     url = runtime.flow_run.ui_url
-    return url if url and url.startswith("http") else None
+    lasting = EMBEDDED_VARIABLE not in os.environ
+    return url if lasting and url and url.startswith("http") else None
 
 
 @contextmanager

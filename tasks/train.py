@@ -57,7 +57,7 @@ def _watching(stage: Stage, metrics: Path, spec: TrainSpec) -> Iterator[Callable
             move_progress(card, 100 * progress.step / progress.num_steps)
             shown = now
         if now - logged >= LOG_SECONDS:
-            logger.debug("%s", progress)
+            logger.info("%s", progress)
             logged = now
 
     with stage.tracking.uploading(metrics):

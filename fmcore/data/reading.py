@@ -146,7 +146,7 @@ def _parse(line: str, origin: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{origin}: broken JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{origin}: broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except ValueError as error:  # Python reads no number of more than 4,300 digits
         raise DataError(f"{origin}: {error}") from error
     except RecursionError as error:

@@ -1,6 +1,8 @@
-"""The blocks that recipes are made of. Every field is part of a model's identity, but for `Execution`.
+"""The blocks that recipes are made of.
 
-Zero or an empty string means "chosen for you", so that the forms drawn from these classes need no unions.
+Fields are part of a model's identity, but for `Execution`, names of recipes, and paths, which count by the
+digests of what they lead to. Zero or an empty string means "chosen for you", so that the forms drawn from
+these classes need no unions.
 """
 
 from typing import Any, Literal

@@ -116,7 +116,7 @@ def write_final(
     batches: Batches,
     state: TrainState,
 ) -> None:
-    """Export the final weights, the ledgers and the summary; drop what only a resume needs."""
+    """Export the final weights, the ledgers and the summary."""
     final = folder / "final"
     shutil.rmtree(final, ignore_errors=True)
     if isinstance(model, PeftModel):

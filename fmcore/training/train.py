@@ -114,7 +114,7 @@ def _run_with_retries(
         except TrainingError as error:
             if attempt == execution.retries:
                 raise
-            on_line(f"attempt {attempt + 1} failed, resuming from the last saved state: {error}")
+            on_line(f"attempt {attempt + 1} failed, going on from the last saved state, if there is one: {error}")
 
 
 def _collect(folder: Path, spec: TrainSpec) -> Fields:
