@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deployments.environment import EMBEDDED_VARIABLE
+from fmcore.artifacts.lock import exclusive
 from fmcore.errors import StrataError
 from fmcore.workspace import Workspace
 
@@ -90,9 +91,10 @@ def ensure_prefect(workspace: Workspace) -> None:
         return
     port = _free_port()
     log = workspace.home / "logs" / "prefect.log"
-    server = start_server(prefect_command(port), prefect_environment(port), log)
-    atexit.register(stop_server, server)
-    wait_until_ready(f"http://{HOST}:{port}/api/health", server, log)
+    with exclusive(workspace.home / "prefect.lock"):  # two at once would both lay out a new database
+        server = start_server(prefect_command(port), prefect_environment(port), log)
+        atexit.register(stop_server, server)
+        wait_until_ready(f"http://{HOST}:{port}/api/health", server, log)
     os.environ |= {"PREFECT_API_URL": f"http://{HOST}:{port}/api", EMBEDDED_VARIABLE: "1"}
 
 
