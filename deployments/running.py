@@ -104,7 +104,7 @@ def _finished(recipe: StageRecipe, workspace: Workspace, store: Store) -> list[R
 
     steps = resolve_stage(recipe, workspace, store).steps
     documents = store.find(steps.documents, Documents)
-    if documents is not None and documents.num_train == 0:
+    if documents is not None and documents.num_train == 0 and documents.parents:
         return []
     if any(store.find(step, ARTIFACT_TYPES[step.kind]) is None for step in steps):
         return None

@@ -10,8 +10,8 @@ from prefect import runtime
 from prefect.exceptions import TerminationSignal
 
 from fmcore.artifacts.store import Store
-from fmcore.artifacts.types import RegisteredModel
-from fmcore.errors import Interrupted
+from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.errors import DataError, Interrupted
 from fmcore.planning.resolve import resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
 from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
@@ -36,9 +36,11 @@ class StageRecord:
         """The stage is done."""
         self.record.finish(model.fingerprint)
 
-    def found_nothing_new(self) -> None:
-        """The stage is done: the next run looks at the champion anew."""
+    def found_nothing_new(self, documents: Documents) -> None:
+        """The stage is done: the next run looks at the champion anew. Without a parent it is a mistake."""
         self.record.forget()
+        if "parent" not in documents.parents:
+            raise DataError(f"no document is left to train on; dropped: {documents.counts['dropped'] or 'none'}")
 
 
 @contextmanager

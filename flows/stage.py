@@ -20,7 +20,7 @@ def run_stage(recipe: StageRecipe) -> RegisteredModel | None:
     with running_stage(recipe) as (stage, parent):
         documents = prepare(recipe.data, parent, return_state=True).result()
         if not documents.num_train:
-            stage.found_nothing_new()
+            stage.found_nothing_new(documents)
             return None
         shards = tokenize(documents, tokenizer_of(recipe), parent, return_state=True).result()
         checkpoint = train(shards, parent, return_state=True).result()

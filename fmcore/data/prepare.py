@@ -66,8 +66,6 @@ def prepare_documents(step: Step, data: TextData | TaskData, parent: RegisteredM
         else:
             fields = prepare_records(building.path, data, store.digests)
         above = step.parents.get("parent")
-        if not above and not any(fields["counts"]["train"].values()):
-            raise DataError(f"no document is left to train on; dropped: {fields['counts']['dropped'] or 'none'}")
         if documents_step(step.name, data, above, store.digests).fingerprint != step.fingerprint:
             raise DataError("a source's files have changed while they were read; run the same command again")
         return fields
