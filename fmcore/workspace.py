@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fmcore.artifacts.store import DIGESTS
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -24,7 +26,7 @@ class Workspace:
     @property
     def digests(self) -> Path:
         """What is remembered of files' sha256s; without it every file is read again."""
-        return self.home / "cache" / "digests.json"
+        return self.home / DIGESTS
 
     @property
     def own_tracking_uri(self) -> str:

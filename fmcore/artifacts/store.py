@@ -29,6 +29,7 @@ from fmcore.artifacts.types import ARTIFACT_TYPES, Artifact
 from fmcore.errors import IntegrityError, StoreError
 
 RECORD = "artifact.json"
+DIGESTS = Path("cache", "digests.json")  # below the home
 MARKER = "building.json"  # in a partial folder: whose it is
 RECORD_FORMAT = 1
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "pyarrow", "strata")
@@ -51,7 +52,7 @@ class Store:
 
     def __init__(self, home: Path, *, rehash: bool = False) -> None:
         self.root = home / "artifacts"
-        self._digests = DigestCache(home / "cache" / "digests.json", rehash=rehash)
+        self._digests = DigestCache(home / DIGESTS, rehash=rehash)
 
     @property
     def digests(self) -> DigestCache:
