@@ -23,10 +23,15 @@ def print_plan(recipe: Recipe, console: Console) -> None:
 
 
 def _print_stage(recipe: StageRecipe, workspace: Workspace, store: Store, console: Console) -> None:
+    from fmcore.model.outside import NotDownloadedError
     from fmcore.planning.resolve import resolve_stage
 
-    resolved = resolve_stage(recipe, workspace, store)
-    _print_steps(recipe, resolved.steps, resolved.parent, store, console)
+    try:
+        resolved = resolve_stage(recipe, workspace, store)
+    except NotDownloadedError as error:
+        console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        return
+    _print_steps(resolved.recipe, resolved.steps, resolved.parent, store, console)
 
 
 def _print_lifecycle(recipe: LifecycleRecipe, store: Store, console: Console) -> None:
@@ -56,7 +61,7 @@ def _print_steps(
         name = f"{item.step.name}-{item.step.fingerprint[:8]}"
         table.add_row(item.task, name, "[green]hit[/]" if item.done else "[yellow]miss[/]", item.because)
     console.print(table)
-    if not planned[2].done:
+    if not next(item for item in planned if item.task == "train").done:
         cost = estimate_cost(recipe, steps, parent, store)
         minutes, seconds = divmod(round(cost.seconds), 60)
         parameters = f"{cost.parameters:,} parameters, " if cost.parameters else ""

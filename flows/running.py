@@ -12,13 +12,14 @@ from prefect.exceptions import TerminationSignal
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, RegisteredModel
 from fmcore.errors import DataError, Interrupted
-from fmcore.planning.resolve import resolve_stage, tracking_uri
+from fmcore.planning.parents import fetch_parent
+from fmcore.planning.resolve import import_parent, resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
 from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
 from fmcore.tracking import names
 from fmcore.tracking.session import StageTracking
 from fmcore.workspace import Workspace
-from tasks.context import Stage, running
+from tasks.context import Stage, logger, running
 
 STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
 EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while `strata run` has a Prefect server of its own
@@ -58,7 +59,10 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
     """Resolve a recipe, open its MLflow run, make it the current stage, and end the run with its true status."""
     workspace = Workspace.current()
     store = Store(workspace.home)
+    fetch_parent(recipe)
     resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get())
+    resolved = import_parent(resolved, workspace, store, on_line=logger.info)
+    recipe = resolved.recipe
     resolved.record.start(resolved.parent.fingerprint if resolved.parent else None)
     tracking = StageTracking.start(
         tracking_uri(recipe.execution, workspace),

@@ -76,6 +76,7 @@ def compression_table(base: RegisteredModel, store: Store) -> Table:
     report = store.get(base.parents["report"], EvalReport)
     metrics, scored = report.metrics, read_scores(report.path)
     documents = documents_of(store, base)
+    assert documents is not None  # it was pretrained here
     table = Table("held-out text", base.uri, "xz -9", title="bits per byte, base model", title_justify="left")
     for path in sorted((documents.path / "heldout").glob("*.parquet")):
         metric = f"eval/{path.stem}/bpb"

@@ -24,9 +24,13 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
         raise RecipeError(f"lora.target_modules: {error}") from error
 
 
-def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; base: the base's name and version."""
+def save_adapter(model: PeftModel, folder: Path, base: str, revision: str | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    base: the base's name and version here, or its hub name with the revision, which peft alone can fetch.
+    """
     model.peft_config["default"].base_model_name_or_path = base
+    model.peft_config["default"].revision = revision
     # without False peft asks the hub for the base's config, to see whether the embeddings have grown
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     readme = folder / "README.md"

@@ -60,13 +60,22 @@ class Cost:
 
 def plan_steps(steps: StageSteps, store: Store) -> list[PlannedStep]:
     """Each step of a stage, done or not, and for a miss the field that differs and its upstream cause."""
-    planned: list[PlannedStep] = []
+    planned = _plan_import(steps, store)
     for step in steps:
         cls = ARTIFACT_TYPES[step.kind]
         done = store.find(step, cls) is not None
         because = "" if done else explain_miss(step, list(store.all(cls)), planned)
         planned.append(PlannedStep(STEP_NAMES[step.kind], step, done, because))
     return planned
+
+
+def _plan_import(steps: StageSteps, store: Store) -> list[PlannedStep]:
+    """One line for a parent from outside: done when its checkpoint and its version both are."""
+    if not steps.imported:
+        return []
+    checkpoint, version = steps.imported
+    done = store.find(checkpoint, Checkpoint) is not None and store.find(version, RegisteredModel) is not None
+    return [PlannedStep("import", checkpoint, done, "" if done else f"{version.name} is not imported yet")]
 
 
 def explain_miss(step: Step, others: list[Artifact], before: list[PlannedStep]) -> str:
@@ -83,7 +92,8 @@ def explain_miss(step: Step, others: list[Artifact], before: list[PlannedStep]) 
     if upstream:
         return f"{upstream[0].task} will run"
     if any(role == "parent" for role, _ in changed):
-        return "another parent"
+        imports = [p for p in before if p.task == "import" and not p.done]
+        return "import will run" if imports else "another parent"
     return (
         "the code of this step has changed"
         if not changed
@@ -131,7 +141,7 @@ def estimate_cost(recipe: StageRecipe, steps: StageSteps, parent: RegisteredMode
         epochs = tokens * own_share / max(1, own)
     elif train.tokens:
         epochs = tokens / max(1, own)
-    parameters = _parameters(recipe, shards, parent, store)
+    parameters = _parameters(recipe, steps, shards, parent, store)
     flops = 6.0 * parameters * tokens
     rate, basis = _flops_rate(parameters, store)
     basis = f"{basis}; {'tokens counted' if shards else 'tokens guessed from bytes'}"
@@ -147,10 +157,14 @@ def _guess_tokens(recipe: StageRecipe, steps: StageSteps, store: Store) -> int:
     return int(sum(path.stat().st_size for path in files) / BYTES_PER_TOKEN)
 
 
-def _parameters(recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store) -> int:
+def _parameters(
+    recipe: StageRecipe, steps: StageSteps, shards: TokenShards | None, parent: RegisteredModel | None, store: Store
+) -> int:
     if isinstance(recipe, PretrainRecipe):
         vocabulary = shards.vocab_size if shards else recipe.tokenizer.vocab_size
         return estimate_parameters(model_fields(recipe.model), vocabulary)
+    if steps.imported:
+        return int(steps.imported[0].config["num_parameters"])
     return checkpoint_of(store, parent).num_parameters if parent else 0
 
 

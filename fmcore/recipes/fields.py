@@ -208,8 +208,13 @@ class ContinueTrain(Optimization):
     """Training on from a base's stable checkpoint, at its stable rate, then decay."""
 
     epochs: float = Field(0, ge=0, description="Passes over the new tokens; 0 = by tokens, or 1 without them.")
-    lr: float = Field(0, ge=0, description="Learning rate; 0 = the parent's stable rate.")
-    batch_tokens: int = Field(0, ge=0, description="Tokens in one optimizer step; 0 = the parent's.")
+    seq_len: int = Field(0, ge=0, description="Context length in tokens; 0 = the parent's.")
+    lr: float = Field(
+        0, ge=0, description="Learning rate; 0 = the parent's stable rate, 1e-4 where that is not known (imported)."
+    )
+    batch_tokens: int = Field(
+        0, ge=0, description="Tokens in one optimizer step; 0 = the parent's, 8192 where that is not known (imported)."
+    )
 
 
 class Lora(Block):
@@ -228,7 +233,8 @@ class Replay(Block):
         0.05,
         ge=0,
         lt=1,
-        description="Share of the training samples drawn from what the parent's weights saw.",
+        description="Share of the training samples drawn from what the parent's weights saw. Left at its default, "
+        "it is 0 for an imported parent, of which that is not known.",
     )
 
 

@@ -14,6 +14,7 @@ from ruamel.yaml.scalarint import ScalarInt
 from ruamel.yaml.scalarstring import ScalarString
 
 from fmcore.errors import RecipeError
+from fmcore.recipes.parents import absolute_parent
 from fmcore.recipes.paths import is_hub_name, is_url
 from fmcore.recipes.stages import RECIPES, Recipe
 
@@ -74,7 +75,11 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     data = _plain(tree)
     for override in overrides:
         _override(data, override)
-    return parse_recipe(_absolute(data, path.resolve().parent), where=str(path), lines=lines)
+    folder = path.resolve().parent
+    data = _absolute(data, folder)
+    if isinstance(data.get("parent"), str):
+        data["parent"] = absolute_parent(data["parent"], folder)
+    return parse_recipe(data, where=str(path), lines=lines)
 
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:

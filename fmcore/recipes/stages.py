@@ -88,14 +88,22 @@ class FinetuneRecipe(FinetuneStage, _Header):
     """A registered model to a task model, `<base>-<name>`."""
 
     kind: Literal["finetune"] = "finetune"
-    parent: str = Field(description="The model to start from: name@alias or name/version.")
+    parent: str = Field(
+        min_length=1,
+        description="The model to start from: name@alias, name/version, a folder in transformers' format (./folder) "
+        "or a hub name (org/name@revision); the last two are imported first.",
+    )
 
 
 class ContinueRecipe(ContinueStage, _Header):
     """A base and new documents to the base's next version."""
 
     kind: Literal["continue-pretrain"] = "continue-pretrain"
-    parent: str = Field(description="The model to continue: name@alias or name/version.")
+    parent: str = Field(
+        min_length=1,
+        description="The model to continue: name@alias, name/version, a folder in transformers' format (./folder) "
+        "or a hub name (org/name@revision); the last two are imported first.",
+    )
 
 
 StageRecipe = PretrainRecipe | FinetuneRecipe | ContinueRecipe

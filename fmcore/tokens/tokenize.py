@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fmcore.artifacts.ancestry import context_length, held_out_ids, shards_of
+from fmcore.artifacts.ancestry import checkpoint_of, context_length, held_out_ids
 from fmcore.artifacts.files import sha256_file
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
@@ -90,7 +90,7 @@ def _tokenize(
 
     if tokenizer is None:
         assert parent is not None
-        encoder = load_tokenizer(shards_of(store, parent).tokenizer_path)
+        encoder = load_tokenizer(store.check(checkpoint_of(store, parent)).final)
     elif tokenizer.path:
         encoder = load_tokenizer(Path(tokenizer.path))
     else:
