@@ -33,8 +33,18 @@ def tracking_uri(execution: Execution, workspace: Workspace) -> str:
     return execution.tracking_uri or workspace.tracking_uri
 
 
-def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False) -> ResolvedStage:
-    """Resolve a recipe. fresh: forget an unfinished run of it.
+def base_name(reference: str) -> str:
+    """The model's name in a parent reference of any form: name@alias, name/2, models:/name/2, org/name, a folder."""
+    path = reference.removeprefix("models:/").partition("@")[0].rstrip("/")
+    *above, last = path.split("/")
+    return above[-1] if above and last.isdecimal() else last
+
+
+def resolve_stage(
+    recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False, anew: bool = False
+) -> ResolvedStage:
+    """Resolve a recipe. fresh: forget an unfinished run of it. anew: forget a finished one, so that a champion
+    it made is the parent now; an unfinished one goes on.
 
     Raises UnknownModelError where the parent does not exist or was refused, DataError for missing sources,
     TrackingError where the registry is needed and does not answer.
@@ -42,7 +52,7 @@ def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fr
     uri = tracking_uri(recipe.execution, workspace)
     identity = recipe_identity(recipe, documents_step(recipe.name, recipe.data, None, store.digests))
     record = RunRecord(workspace.runs, identity)
-    if fresh:
+    if fresh or (anew and record.is_finished):
         record.forget()
     parent = None if isinstance(recipe, PretrainRecipe) else resolve_parent(recipe.parent, connect(uri), store, record)
     reference = ParentRef(parent.model, parent.fingerprint, parent.parents["checkpoint"]) if parent else None

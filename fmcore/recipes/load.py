@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,11 +51,11 @@ SYNONYMS = {
 PATH_FIELDS = {"path", "eval_path"}
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] = (), *, folder: Path | None = None) -> Recipe:
     """Read and validate a recipe file.
 
-    overrides: `dotted.field=value` strings, values in YAML. Relative paths in the file are read from the
-    file's folder. Raises RecipeError, naming the file, the line, the field and the remedy.
+    overrides: `dotted.field=value` strings, values in YAML. folder: where relative paths are read from, the
+    file's own when None. Raises RecipeError, naming the file, the line, the field and the remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     data = _plain(tree)
     for override in overrides:
         _override(data, override)
-    return parse_recipe(_absolute(data, path.resolve().parent), where=str(path), lines=lines)
+    return parse_recipe(_absolute(data, folder or path.resolve().parent), where=str(path), lines=lines)
 
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
@@ -87,6 +87,41 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tup
     except ValidationError as error:
         problems = "\n  ".join(_explain(e, RECIPES[kind], lines or {}) for e in error.errors())
         raise RecipeError(f"{where} is not a valid {kind} recipe:\n  {problems}") from error
+
+
+def recipe_from_parameters(data: Mapping[str, Any], kind: str) -> Recipe:
+    """Validate what a form or an API call sent as the recipe of a flow, whose name is its kind.
+
+    Raises RecipeError, also for relative paths: a server knows no recipe folder to read them from.
+    """
+    given = data.get("kind") or kind
+    if given != kind:
+        raise RecipeError(f"recipe: kind is {given!r}; this flow runs recipes of kind {kind}")
+    parameters = {**data, "kind": kind}
+    if relative := list(_relative_paths(parameters, "")):
+        where, path = relative[0]
+        raise RecipeError(
+            f"{where}: {path!r} is a relative path, and a run on a server has no recipe folder to read it from; "
+            f"give an absolute path or a URL"
+        )
+    return parse_recipe(_absolute(parameters, Path("/")))
+
+
+def _relative_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(dotted place, path) of each path that only a recipe's folder would complete."""
+    entries = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    for key, item in entries:
+        place = f"{where}.{key}" if where else str(key)
+        if not isinstance(item, str):
+            yield from _relative_paths(item, place)
+        elif key in PATH_FIELDS and value.get("format") != "hf" and _is_relative(item):
+            yield place, item
+        elif key == "parent" and item.startswith("."):
+            yield place, item
+
+
+def _is_relative(path: str) -> bool:
+    return bool(path) and "://" not in path and not path.startswith(("/", "~"))
 
 
 def _explain(error: Any, cls: type[BaseModel], lines: dict[tuple, int]) -> str:
