@@ -9,7 +9,7 @@ from prefect.states import State
 
 from fmcore.process.guard import end_with_parent
 from fmcore.recipes.load import recipe_from_parameters
-from tasks.context import failing_in_words
+from tasks.failing import failing_in_words
 
 
 def from_recipe(kind: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:

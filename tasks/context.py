@@ -5,20 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, State
 
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Artifact
-from fmcore.errors import Interrupted, StrataError
 from fmcore.planning.steps import StageSteps
 from fmcore.recipes.stages import StageRecipe
 from fmcore.tracking.session import StageTracking
 from fmcore.training.progress import Progress
 
 logger = logging.getLogger("strata")
+logger.setLevel(logging.INFO)  # Prefect gives it a handler, but no level
 ArtifactT = TypeVar("ArtifactT", bound=Artifact)
 
 
@@ -74,21 +73,3 @@ def finished(artifact: ArtifactT, *, cached: bool) -> ArtifactT | State[Artifact
         return artifact
     logger.info("%s %s is there already", artifact.kind, artifact.short)
     return Completed(name="Cached", message=f"{artifact.kind} {artifact.short} was there already", data=artifact)
-
-
-def failing_in_words(body: Callable[..., Any]) -> Callable[..., Any]:
-    """End a task or flow in Failed with the message of an error of ours, its log without a traceback.
-
-    Whoever called it directly is handed the error itself. An interruption goes on as it is.
-    """
-
-    @wraps(body)
-    def call(*given: Any, **named: Any) -> Any | State:
-        try:
-            return body(*given, **named)
-        except Interrupted:
-            raise
-        except StrataError as error:
-            return Failed(message=str(error), data=error)
-
-    return call

@@ -5,7 +5,8 @@ from prefect import task
 from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, RegisteredModel
 from fmcore.evaluation.evaluate import evaluate_checkpoint
 from fmcore.evaluation.spec import SAMPLES_FILE
-from tasks.context import current_stage, failing_in_words, finished, logger
+from tasks.context import current_stage, finished, logger
+from tasks.failing import failing_in_words
 
 
 @task(name="evaluate")

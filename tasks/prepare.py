@@ -6,7 +6,8 @@ from fmcore.artifacts.types import Documents, RegisteredModel
 from fmcore.data.prepare import prepare_documents, source_rows
 from fmcore.recipes.fields import TaskData, TextData
 from tasks.cards import show_counts
-from tasks.context import current_stage, failing_in_words, finished
+from tasks.context import current_stage, finished
+from tasks.failing import failing_in_words
 
 
 @task(name="prepare")

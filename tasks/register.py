@@ -7,7 +7,8 @@ from fmcore.evaluation.champions import Contender
 from fmcore.tracking.register import find_registered, register_model
 from fmcore.training.metrics import FILE_NAME as METRICS
 from tasks.cards import show_card
-from tasks.context import current_stage, failing_in_words, finished, logger
+from tasks.context import current_stage, finished, logger
+from tasks.failing import failing_in_words
 
 
 @task(name="register")

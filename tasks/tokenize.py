@@ -5,7 +5,8 @@ from prefect import task
 from fmcore.artifacts.types import Documents, RegisteredModel, TokenShards
 from fmcore.recipes.fields import Tokenizer
 from fmcore.tokens.tokenize import tokenize_documents
-from tasks.context import current_stage, failing_in_words, finished
+from tasks.context import current_stage, finished
+from tasks.failing import failing_in_words
 
 
 @task(name="tokenize")

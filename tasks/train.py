@@ -15,7 +15,8 @@ from fmcore.training.progress import ProgressReader
 from fmcore.training.spec import TrainSpec
 from fmcore.training.train import train_checkpoint
 from tasks.cards import move_progress, start_progress
-from tasks.context import Stage, current_stage, failing_in_words, finished, logger, tell
+from tasks.context import Stage, current_stage, finished, logger, tell
+from tasks.failing import failing_in_words
 
 CARD_SECONDS = 3.0  # between two updates of the progress artifact
 LOG_SECONDS = 15.0  # between two lines of progress in the run's log

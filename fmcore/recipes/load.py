@@ -114,14 +114,15 @@ def _relative_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
         place = f"{where}.{key}" if where else str(key)
         if not isinstance(item, str):
             yield from _relative_paths(item, place)
-        elif key in PATH_FIELDS and value.get("format") != "hf" and _is_relative(item):
-            yield place, item
-        elif key == "parent" and item.startswith("."):
+        elif _is_relative(str(key), item, value):
             yield place, item
 
 
-def _is_relative(path: str) -> bool:
-    return bool(path) and "://" not in path and not path.startswith(("/", "~"))
+def _is_relative(key: str, path: str, block: Any) -> bool:
+    if key == "parent":
+        return path.startswith(".")
+    is_hub_name = isinstance(block, dict) and block.get("format") == "hf"
+    return key in PATH_FIELDS and bool(path) and not is_hub_name and "://" not in path and path[0] not in "/~"
 
 
 def _explain(error: Any, cls: type[BaseModel], lines: dict[tuple, int]) -> str:
