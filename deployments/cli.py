@@ -156,14 +156,41 @@ def verify(
     console.print(f"{len(folders)} artifacts, every file matches its sha256")
 
 
+RecipeFiles = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Recipes that fill in the forms of their kinds; else the examples do.", show_default=False),
+]
+CronLine = Annotated[str, typer.Option(help="When the schedule `nightly` of continue-pretrain fires, in UTC.")]
+
+
 @app.command()
 def up(
+    recipes: RecipeFiles = None,
     port: Annotated[int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)] = 4200,
+    cron: CronLine = "0 3 * * *",
 ) -> None:
-    """Serve the Prefect and MLflow pages of this home on 127.0.0.1, in the foreground."""
+    """Serve the Prefect and MLflow pages of this home, and the flows as deployments, on 127.0.0.1.
+
+    Example: strata up recipes/plays.yaml recipes/weekly.yaml --cron "30 2 * * *"
+    """
     from deployments.up import serve
 
-    serve(port, console)
+    serve(recipes or [], port, cron, console)
+
+
+@app.command()
+def deploy(
+    recipes: RecipeFiles = None,
+    pool: Annotated[str, typer.Option(help="A work pool of type process; made where it is missing.")] = "strata",
+    cron: CronLine = "0 3 * * *",
+) -> None:
+    """Register the flows at a work pool of the Prefect server that PREFECT_API_URL names.
+
+    Example: PREFECT_API_URL=http://prefect:4200/api strata deploy recipes/plays.yaml --pool strata
+    """
+    from deployments.deploy import deploy as register
+
+    register(recipes or [], pool, cron, console)
 
 
 def _mistrust_digests(rehash: bool) -> None:

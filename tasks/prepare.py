@@ -7,9 +7,11 @@ from fmcore.data.prepare import prepare_documents, source_rows
 from fmcore.recipes.fields import TaskData, TextData
 from tasks.cards import show_counts
 from tasks.context import current_stage, finished
+from tasks.failing import failing_in_words
 
 
 @task(name="prepare")
+@failing_in_words
 def prepare(data: TextData | TaskData, parent: RegisteredModel | None) -> Documents:
     """Read, clean, deduplicate and split; with a parent, keep only what its weights have not seen."""
     stage = current_stage()

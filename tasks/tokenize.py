@@ -6,9 +6,11 @@ from fmcore.artifacts.types import Documents, RegisteredModel, TokenShards
 from fmcore.recipes.fields import Tokenizer
 from fmcore.tokens.tokenize import tokenize_documents
 from tasks.context import current_stage, finished
+from tasks.failing import failing_in_words
 
 
 @task(name="tokenize")
+@failing_in_words
 def tokenize(documents: Documents, tokenizer: Tokenizer | None, parent: RegisteredModel | None) -> TokenShards:
     """Turn documents into token ids with a tokenizer trained here, a loaded one, or the parent's."""
     stage = current_stage()

@@ -34,8 +34,13 @@ def tracking_uri(execution: Execution, workspace: Workspace) -> str:
     return execution.tracking_uri or workspace.tracking_uri
 
 
-def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False) -> ResolvedStage:
-    """Resolve a recipe; builds and downloads nothing. fresh: forget an unfinished run of it.
+def resolve_stage(
+    recipe: StageRecipe, workspace: Workspace, store: Store, *, fresh: bool = False, anew: bool = False
+) -> ResolvedStage:
+    """Resolve a recipe; builds and downloads nothing.
+
+    fresh: forget an unfinished run of it. anew: forget a finished one, so that a champion it made is the parent
+    now; an unfinished one goes on.
 
     Raises UnknownModelError where the parent does not exist or was refused (NotDownloadedError for a hub name that
     `fetch_parent` has not fetched), DataError for missing sources, RecipeError for what the parent cannot give,
@@ -44,7 +49,7 @@ def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fr
     uri = tracking_uri(recipe.execution, workspace)
     identity = recipe_identity(recipe, documents_step(recipe.name, recipe.data, None, store.digests))
     record = RunRecord(workspace.runs, identity)
-    if fresh:
+    if fresh or (anew and record.is_finished):
         record.forget()
     found = None
     if not isinstance(recipe, PretrainRecipe):

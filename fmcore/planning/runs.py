@@ -44,6 +44,11 @@ class RunRecord:
         made = self.values.get("model")
         return self.values["parent"] if made is None or made == champion else None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run of this recipe has made its model."""
+        return "model" in self.values
+
     def start(self, parent: str | None) -> None:
         """Note the parent before any work."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

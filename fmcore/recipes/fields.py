@@ -25,10 +25,20 @@ ON_BAD_INPUT_HELP = (
 )
 
 
+TITLES = {"lr": "Learning rate (lr)", "r": "Rank (r)"}
+
+
+def _title(name: str, field: object) -> str:
+    """How a form calls a field: its own name in words, so that the recipe file's name is found again."""
+    return TITLES.get(name) or name.rstrip("_").replace("_", " ").capitalize()
+
+
 class Block(BaseModel):
     """Frozen, and closed: an unknown field is an error, never ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, field_title_generator=_title
+    )
 
 
 class Source(Block):

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,11 +53,11 @@ SYNONYMS = {
 PATH_FIELDS = {"path", "eval_path"}
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] = (), *, folder: Path | None = None) -> Recipe:
     """Read and validate a recipe file.
 
-    overrides: `dotted.field=value` strings, values in YAML. Relative paths in the file are read from the
-    file's folder. Raises RecipeError, naming the file, the line, the field and the remedy.
+    overrides: `dotted.field=value` strings, values in YAML. folder: where relative paths are read from, the
+    file's own when None. Raises RecipeError, naming the file, the line, the field and the remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     data = _plain(tree)
     for override in overrides:
         _override(data, override)
-    folder = path.resolve().parent
+    folder = folder or path.resolve().parent
     data = _absolute(data, folder)
     if isinstance(data.get("parent"), str):
         data["parent"] = absolute_parent(data["parent"], folder)
@@ -93,6 +93,42 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tup
     except ValidationError as error:
         problems = "\n  ".join(_explain(e, RECIPES[kind], lines or {}) for e in error.errors())
         raise RecipeError(f"{where} is not a valid {kind} recipe:\n  {problems}") from error
+
+
+def recipe_from_parameters(data: Mapping[str, Any], kind: str) -> Recipe:
+    """Validate what a form or an API call sent as the recipe of a flow, whose name is its kind.
+
+    Raises RecipeError, also for relative paths: a server knows no recipe folder to read them from.
+    """
+    given = data.get("kind") or kind
+    if given != kind:
+        raise RecipeError(f"recipe: kind is {given!r}; this flow runs recipes of kind {kind}")
+    parameters = {**data, "kind": kind}
+    if relative := list(_relative_paths(parameters, "")):
+        where, path = relative[0]
+        raise RecipeError(
+            f"{where}: {path!r} is a relative path, and a run on a server has no recipe folder to read it from; "
+            f"give an absolute path or a URL"
+        )
+    return parse_recipe(_absolute(parameters, Path("/")))
+
+
+def _relative_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(dotted place, path) of each path that only a recipe's folder would complete."""
+    entries = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    for key, item in entries:
+        place = f"{where}.{key}" if where else str(key)
+        if not isinstance(item, str):
+            yield from _relative_paths(item, place)
+        elif _is_relative(str(key), item, value):
+            yield place, item
+
+
+def _is_relative(key: str, path: str, block: Any) -> bool:
+    if key == "parent":
+        return path.startswith(".")
+    is_hub_name = isinstance(block, dict) and block.get("format") == "hf"
+    return key in PATH_FIELDS and bool(path) and not is_hub_name and "://" not in path and path[0] not in "/~"
 
 
 def _explain(error: Any, cls: type[BaseModel], lines: dict[tuple, int]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from mlflow import MlflowClient
 
 from fmcore.errors import TrackingError
-from fmcore.tracking.client import connect, experiment_id, without_credentials
+from fmcore.tracking import names
+from fmcore.tracking.client import connect, experiment_id, talking_to, without_credentials
 from fmcore.tracking.runs import StageRun, Status, start_run
 from fmcore.tracking.uploader import MetricsUploader, upload_pending
 
@@ -108,3 +109,18 @@ class StageTracking:
         if self.run is None or not self.uri.startswith("http"):
             return None
         return f"{without_credentials(self.uri)}/#/experiments/{self.run.experiment_id}/runs/{self.run.run_id}"
+
+
+def end_unfinished(uri: str, flow_run: str) -> None:
+    """End as FAILED the runs that a dead flow run left RUNNING. Raises TrackingError."""
+    client = connect(uri)
+    with talking_to(client):
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return
+        left = client.search_runs(
+            [experiment.experiment_id],
+            f"tags.`{names.FLOW_RUN}` = '{flow_run}' and attributes.status = 'RUNNING'",
+        )
+        for run in left:
+            client.set_terminated(run.info.run_id, "FAILED")
