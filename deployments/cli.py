@@ -27,6 +27,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Set a recipe field, as in train.lr=1e-3."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 ModelName = Annotated[
     str, typer.Argument(help="name@alias, name/version, or a name (its champion).", show_default=False)
 ]
@@ -53,7 +54,32 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False) -> None:
+def init(
+    kind: Annotated[str, typer.Argument(help="pretrain, finetune or continue-pretrain.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="PATH", help="A file, folder or glob; may be given again.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write it; by default after the data.")
+    ] = None,
+    parent: Annotated[
+        str, typer.Option("--parent", metavar="MODEL", help="The model to start from; by default the home's only base.")
+    ] = "",
+    name: Annotated[str, typer.Option("--name", help="Name of the recipe; by default after the data.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Look at data, write a short commented recipe for it, and print its plan.
+
+    Example: strata init pretrain --data corpus/ --name plays
+    """
+    from deployments.init import init_recipe
+
+    init_recipe(kind, data, console, out=out, parent=parent, name=name, force=force)
+
+
+@app.command()
+def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False, json: AsJson = False) -> None:
     """Say for each step of a recipe whether it is done, why not, and what the training will cost.
 
     Example: strata plan recipes/plays.yaml --set train.tokens=4_000_000
@@ -61,7 +87,7 @@ def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False) -> 
     from deployments.planning import print_plan
 
     _mistrust_digests(rehash)
-    print_plan(load_recipe(recipe, set_ or []), console)
+    print_plan(load_recipe(recipe, set_ or []), console, as_json=json)
 
 
 @app.command("list")
