@@ -42,7 +42,7 @@ def print_plan(recipe: Recipe, console: Console, *, as_json: bool = False) -> No
         total = _totals(stages)
         console.print(
             f"in all: {total['tokens']:,} tokens, {total['flops']:.2e} FLOPs, about {_clock(total['seconds'])}, "
-            f"memory up to {_bytes(total['memory_bytes'])}",
+            f"memory up to {shown_bytes(total['memory_bytes'])}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -119,7 +119,7 @@ def _notes(stage: StagePlan) -> list[str]:
     )
     return [
         f"{tokens}, {cost.parameters:,} parameters, {cost.flops:.2e} FLOPs, about {clock} ({cost.basis})",
-        f"memory: about {_bytes(cost.memory.peak)} ({_parts(cost)})",
+        f"memory: about {shown_bytes(cost.memory.peak)} ({_parts(cost)})",
         *([f"{stage.resumes}"] if stage.resumes else []),
         *([late] if cost.stop_seconds > grace else []),
     ]
@@ -133,10 +133,11 @@ def _parts(cost: Cost) -> str:
         "activations": cost.memory.activations,
         "logits": cost.memory.logits,
     }
-    return ", ".join(f"{name} {_bytes(value)}" for name, value in parts.items())
+    return ", ".join(f"{name} {shown_bytes(value)}" for name, value in parts.items())
 
 
-def _bytes(value: float) -> str:
+def shown_bytes(value: float) -> str:
+    """A number of bytes for people."""
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 

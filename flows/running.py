@@ -16,6 +16,7 @@ from fmcore.planning.resolve import resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
 from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
 from fmcore.tracking import names
+from fmcore.tracking.client import shown_uri
 from fmcore.tracking.session import StageTracking
 from fmcore.workspace import Workspace
 from tasks.context import Stage, running
@@ -59,7 +60,8 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
     workspace = Workspace.current()
     store = Store(workspace.home)
     resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get())
-    resolved.record.start(resolved.parent.fingerprint if resolved.parent else None)
+    registry = shown_uri(tracking_uri(recipe.execution, workspace))
+    resolved.record.start(resolved.parent.fingerprint if resolved.parent else None, resolved.steps, registry)
     tracking = StageTracking.start(
         tracking_uri(recipe.execution, workspace),
         workspace.home,

@@ -125,7 +125,7 @@ def data_files(path: str) -> DataFiles:
         return _saved_dataset(path, files)
     groups: dict[str, list[Any]] = {}
     for file in files:
-        groups.setdefault(_format(file), []).append(file)
+        groups.setdefault(format_of(file), []).append(file)
     chosen = max(groups, key=lambda name: sum(map(file_size, groups[name])))
     if chosen == "binary":
         raise DataError(
@@ -166,7 +166,8 @@ def _path_of(path: str, files: list[Any]) -> str:
     return str(folder / ("**" if nested else "") / f"*{endings.pop()}")
 
 
-def _format(file: Any) -> str:
+def format_of(file: Any) -> str:
+    """text, json, parquet, hf (an Arrow stream) or binary, by the name, else by the first bytes."""
     suffixes = [s for s in Path(str(file)).suffixes if s not in COMPRESSED]
     if suffixes and suffixes[-1].lower() in FORMATS:
         return FORMATS[suffixes[-1].lower()]
@@ -215,7 +216,7 @@ def read_sample(data: DataFiles, *, split_on: str = "file") -> Sample:
     rows: list[dict[str, Any]] = []
     chars = 0
     for file in data.files:
-        for row in _rows(file, data.format, split_on):
+        for row in rows_of_file(file, data.format, split_on):
             rows.append(row)
             chars += sum(len(value) for value in row.values() if isinstance(value, str))
             if chars >= SAMPLE_CHARS:
@@ -231,7 +232,8 @@ def about_chars(files: Iterable[Any]) -> int:
     return sum(file_size(f) * (ASSUMED_COMPRESSION if str(f).endswith(packed) else 1) for f in files)
 
 
-def _rows(file: Any, format: str, split_on: str) -> Iterator[dict[str, Any]]:
+def rows_of_file(file: Any, format: str, split_on: str) -> Iterator[dict[str, Any]]:
+    """Records of a file; of a text file its documents, under `text`. Raises DataError for a bad place."""
     if format == "json":
         yield from (value for _, value in read_json_objects(file))
     elif format == "text":
@@ -319,7 +321,7 @@ def look_at_records(data: DataFiles) -> RecordsLook:
     places, chars = [], []
     missing = duplicates = repeated = 0
     for row in sample.rows:
-        pair = _pair(row, prompt, response, extra)
+        pair = pair_of(row, prompt, response, extra)
         if pair is None:
             missing += 1
             continue
@@ -362,11 +364,12 @@ def record_fields(sample: Sample) -> tuple[str, str]:
 
 
 def _is_usable(sample: Sample, field: str) -> bool:
-    found = sum(
-        isinstance(v := row.get(field), (str, int, float)) and not isinstance(v, bool) and str(v).strip() != ""
-        for row in sample.rows
-    )
+    found = sum(_is_text(row.get(field)) and str(row[field]).strip() != "" for row in sample.rows)
     return found >= USUAL_SHARE * len(sample.rows)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 def _group_field(sample: Sample, taken: set[str]) -> str:
@@ -379,9 +382,9 @@ def _group_field(sample: Sample, taken: set[str]) -> str:
     return ""
 
 
-def _pair(row: dict[str, Any], prompt: str, response: str, extra: str) -> tuple[str, str] | None:
+def pair_of(row: dict[str, Any], prompt: str, response: str, extra: str) -> tuple[str, str] | None:
     """A record's prompt and response as prepare makes them, or None where one is missing or empty."""
-    texts = [normalize(str(v)) if isinstance(v := row.get(f), (str, int, float)) else "" for f in (prompt, response)]
+    texts = [normalize(str(row[field])) if _is_text(row.get(field)) else "" for field in (prompt, response)]
     if not all(texts):
         return None
     more = row.get(extra)
