@@ -18,7 +18,7 @@ from fmcore.recipes.fields import Evaluation, Execution
 from fmcore.workspace import Workspace
 
 
-def _open() -> tuple[Workspace, Store, Any]:
+def open_home() -> tuple[Workspace, Store, Any]:
     """Home, store and a connection to its registry."""
     workspace = Workspace.current()
     prepare_environment(workspace)
@@ -35,7 +35,7 @@ def _find(store: Store, client: Any, reference: str) -> RegisteredModel:
 
 def print_models(console: Console) -> None:
     """A table of every version."""
-    _, _, client = _open()
+    _, _, client = open_home()
     from fmcore.tracking.registry import list_models
 
     rows = list_models(client)
@@ -55,7 +55,7 @@ def print_models(console: Console) -> None:
 
 def print_lineage(reference: str, console: Console, *, as_json: bool) -> None:
     """The tree from a version down to its source files, and what was made from it."""
-    _, store, client = _open()
+    _, store, client = open_home()
     from fmcore.tracking.lineage import as_rich, children, lineage_tree
     from fmcore.tracking.registry import resolve
 
@@ -87,7 +87,7 @@ def print_generated(
     reference: str, prompt: str, console: Console, *, tokens: int, temperature: float, top_p: float, seed: int
 ) -> None:
     """The generated text alone, so that it can be piped."""
-    _, store, client = _open()
+    _, store, client = open_home()
     model = _find(store, client, reference)
     checkpoint, shards = checkpoint_of(store, model), shards_of(store, model)
     weights = final_weights(store, checkpoint)
@@ -109,7 +109,7 @@ def print_generated(
 
 def print_evaluation(reference: str, console: Console, *, documents: int, examples: int) -> None:
     """Every metric that has an interval."""
-    _, store, client = _open()
+    _, store, client = open_home()
     from fmcore.evaluation.evaluate import evaluate_model
 
     model = _find(store, client, reference)
@@ -133,7 +133,7 @@ def print_evaluation(reference: str, console: Console, *, documents: int, exampl
 
 def promote_model(reference: str, console: Console, *, accept_regression: bool, reason: str) -> None:
     """Move the champion alias by a person's decision."""
-    _, store, client = _open()
+    _, store, client = open_home()
     from fmcore.tracking.promote import promote
 
     if not accept_regression or not reason.strip():

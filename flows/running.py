@@ -24,6 +24,7 @@ from fmcore.planning.steps import model_name
 from fmcore.recipes.parents import base_name
 from fmcore.recipes.stages import LifecycleRecipe, PretrainRecipe, StageRecipe
 from fmcore.tracking import names
+from fmcore.tracking.client import shown_uri
 from fmcore.tracking.session import StageTracking, end_unfinished
 from fmcore.workspace import Workspace
 from tasks.context import Stage, logger, running
@@ -71,7 +72,8 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
         resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get(), anew=_is_started_by_server())
         resolved = import_parent(resolved, workspace, store, on_line=logger.info)
         recipe = resolved.recipe
-        resolved.record.start(resolved.parent.fingerprint if resolved.parent else None)
+        registry = shown_uri(tracking_uri(recipe.execution, workspace))
+        resolved.record.start(resolved.parent.fingerprint if resolved.parent else None, resolved.steps, registry)
         tracking = StageTracking.start(
             tracking_uri(recipe.execution, workspace),
             workspace.home,

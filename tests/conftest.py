@@ -294,7 +294,8 @@ class Home:
         from fmcore.tracking.session import StageTracking
 
         stage = self.ready(recipe)
-        stage.record.start(stage.parent.fingerprint if stage.parent else None)
+        registry = self.workspace.own_tracking_uri
+        stage.record.start(stage.parent.fingerprint if stage.parent else None, stage.steps, registry)
         identity = stage.steps.model.fingerprint
         tracking = StageTracking.start(
             self.workspace.own_tracking_uri, self.path, name=stage.recipe.name, identity=identity, tags={},

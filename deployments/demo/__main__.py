@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.cli import report_error
 from deployments.demo.corpus import make_corpus
 from deployments.environment import prepare_environment
+from deployments.failures import report_error
 from deployments.running import REFUSED, run_recipe
 from deployments.summary import half_width
 from fmcore.artifacts.ancestry import checkpoint_of, documents_of

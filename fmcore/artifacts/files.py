@@ -108,3 +108,11 @@ class DigestCache:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, {**self._read(), **self._learnt})
             self._learnt = {}
+
+    def prune(self) -> int:
+        """Forget local files that are gone; returns how many."""
+        known = self._read()
+        kept = {path: entry for path, entry in known.items() if "://" in path or Path(path).exists()}
+        if len(kept) < len(known):
+            write_json(self._path, kept)
+        return len(known) - len(kept)

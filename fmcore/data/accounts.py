@@ -43,9 +43,7 @@ class Accounts:
         """What cannot be used; raises DataError where the recipe says so."""
         place = f"{origin(path, unit.line)}: {unit.detail}"
         if self._stop:
-            raise DataError(
-                f"{place}. Mend it, or set data.on_bad_input: quarantine to set such input aside and go on"
-            )
+            raise DataError(f"{place}. Mend it, or set data.on_bad_input: quarantine to set such input aside and go on")
         if len(self._first) < SHOWN:
             self._first.append(place)
         if self._quarantine is None:

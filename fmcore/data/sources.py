@@ -6,8 +6,8 @@ from typing import Any
 from fmcore.artifacts.files import DigestCache
 from fmcore.data.columns import hub_commit, is_hub_path
 from fmcore.data.files import SourceFile, files_by_digest, find_files, open_bytes
-from fmcore.data.unpacking import BrokenFile
 from fmcore.data.units import Shard
+from fmcore.data.unpacking import BrokenFile
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Filters, Source, Task
 from fmcore.recipes.paths import is_url
@@ -44,9 +44,12 @@ def shards_of(block: Source | Task, path: str, digests: DigestCache, filters: Fi
 
 def total_bytes(block: Source | Task) -> int:
     """Bytes of a source's files as they are stored; 0 where that is not known."""
-    if _is_hub(block, block.path):
-        return 0
-    return sum(file.size or 0 for file in find_files(block.path, field=f"source {block.name}"))
+    return sum(file.size or 0 for file in source_files(block))
+
+
+def source_files(block: Source | Task) -> list[SourceFile]:
+    """The files of a source or task; none for a data set on the hub."""
+    return [] if _is_hub(block, block.path) else find_files(block.path, field=f"source {block.name}")
 
 
 def _is_hub(block: Source | Task, path: str) -> bool:
