@@ -16,13 +16,14 @@ from fmcore.planning.resolve import resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
 from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
 from fmcore.tracking import names
+from fmcore.tracking.record import record_path
 from fmcore.tracking.session import StageTracking
 from fmcore.workspace import Workspace
 from tasks.context import Stage, running
 
 STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
 EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while `strata run` has a Prefect server of its own
-_PIPELINE: ContextVar[str | None] = ContextVar("pipeline", default=None)
+_PIPELINE: ContextVar[StageTracking | None] = ContextVar("pipeline", default=None)
 _FRESH: ContextVar[bool] = ContextVar("fresh", default=False)
 
 
@@ -66,9 +67,13 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
         name=f"{recipe.kind} {recipe.name}",
         identity=resolved.steps.model.fingerprint,
         tags={names.STAGE: recipe.kind},
-        parent_run_id=_PIPELINE.get(),
-        record=workspace.runs / f"{resolved.steps.model.fingerprint[:16]}.mlflow.json",
+        parent_run_id=None,
+        record=record_path(workspace.runs, resolved.steps.model.fingerprint),
         recipe=recipe.model_dump(mode="json"),
+        step=resolved.steps.model,
+        recipe_identity=resolved.record.identity,
+        pipeline=_PIPELINE.get(),
+        page=_flow_run_page(),
     )
     with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, _flow_run_page())):
         yield StageRecord(resolved.record), resolved.parent
@@ -92,10 +97,11 @@ def running_pipeline(recipe: LifecycleRecipe, identity: str) -> Iterator[None]:
         identity=identity,
         tags={names.STAGE: recipe.kind},
         parent_run_id=None,
-        record=workspace.runs / f"{identity[:16]}.mlflow.json",
+        record=record_path(workspace.runs, identity),
         recipe=recipe.model_dump(mode="json"),
+        page=_flow_run_page(),
     )
-    token = _PIPELINE.set(tracking.run.run_id if tracking.run else None)
+    token = _PIPELINE.set(tracking)
     try:
         with _ending(tracking):
             yield

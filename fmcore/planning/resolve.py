@@ -7,7 +7,8 @@ from mlflow import MlflowClient
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
 from fmcore.data.prepare import documents_step
-from fmcore.errors import UnknownModelError
+from fmcore.errors import TrackingError, UnknownModelError
+from fmcore.planning.offline import offline_parent
 from fmcore.planning.runs import RunRecord, recipe_identity
 from fmcore.planning.steps import ParentRef, StageSteps, stage_steps
 from fmcore.recipes.fields import Execution
@@ -37,19 +38,26 @@ def resolve_stage(recipe: StageRecipe, workspace: Workspace, store: Store, *, fr
     """Resolve a recipe. fresh: forget an unfinished run of it.
 
     Raises UnknownModelError where the parent does not exist or was refused, DataError for missing sources,
-    TrackingError where the registry is needed and does not answer.
+    TrackingError where the registry is needed and does not answer; see `offline_parent`.
     """
     uri = tracking_uri(recipe.execution, workspace)
     identity = recipe_identity(recipe, documents_step(recipe.name, recipe.data, None, store.digests))
     record = RunRecord(workspace.runs, identity)
     if fresh:
         record.forget()
-    parent = None if isinstance(recipe, PretrainRecipe) else resolve_parent(recipe.parent, connect(uri), store, record)
+    parent = None if isinstance(recipe, PretrainRecipe) else _find_parent(recipe.parent, uri, store, record)
     reference = ParentRef(parent.model, parent.fingerprint, parent.parents["checkpoint"]) if parent else None
     steps = stage_steps(recipe, reference, store.digests)
     if fresh:
         store.discard_partial(steps.checkpoint)
     return ResolvedStage(recipe, parent, steps, record)
+
+
+def _find_parent(reference: str, uri: str, store: Store, record: RunRecord) -> RegisteredModel:
+    try:
+        return resolve_parent(reference, connect(uri), store, record)
+    except TrackingError as error:
+        return offline_parent(reference, store, record, error)
 
 
 def resolve_parent(

@@ -28,8 +28,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.path = folder / f"{identity[:16]}.json"
-        self.tracking = folder / f"{identity[:16]}.mlflow.json"
-        self._identity = identity
+        self.identity = identity
         self.values: dict[str, Any] = {}
         if self.path.exists() and (found := read_json(self.path))["identity"] == identity:
             self.values = found
@@ -47,7 +46,7 @@ class RunRecord:
     def start(self, parent: str | None) -> None:
         """Note the parent before any work."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.values = {"identity": self._identity, "parent": parent}
+        self.values = {"identity": self.identity, "parent": parent}
         write_json(self.path, self.values)
 
     def finish(self, model: str) -> None:
