@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from fmcore.redaction import redact_logs
 from fmcore.workspace import Workspace
 
 UP_FILE = "up.json"
@@ -13,6 +14,7 @@ EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while we run a Prefect serv
 
 def prepare_environment(workspace: Workspace) -> None:
     """Point Prefect at the home, keep it quiet, and join a living `strata up` of this home."""
+    redact_logs()
     workspace.home.mkdir(parents=True, exist_ok=True)
     os.environ["STRATA_HOME"] = str(workspace.home)
     defaults = {

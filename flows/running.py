@@ -15,12 +15,14 @@ from fmcore.errors import DataError, Interrupted
 from fmcore.planning.resolve import resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
 from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
+from fmcore.redaction import redact_logs
 from fmcore.tracking import names
 from fmcore.tracking.record import record_path
 from fmcore.tracking.session import StageTracking
 from fmcore.workspace import Workspace
 from tasks.context import Stage, running
 
+redact_logs()  # whoever imports the flows runs them, and Prefect keeps what they log
 STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
 EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while `strata run` has a Prefect server of its own
 _PIPELINE: ContextVar[StageTracking | None] = ContextVar("pipeline", default=None)

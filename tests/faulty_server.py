@@ -30,7 +30,7 @@ class FaultyServer:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 owner._answer(self, body)
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
             def log_message(self, *given: Any) -> None:
                 pass

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from fmcore.errors import TrackingError
+from fmcore.redaction import without_credentials
 
 # A server that hangs holds nothing up for long; what the user set in the environment wins.
 HTTP_DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -33,11 +33,6 @@ DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # urllib3 warns of every retry, though the error that follows says it all.
 LOG_LEVELS = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
-_SECRET_QUERY = re.compile(
-    r"(?<=[?&])([\w.-]*(?:password|token|secret|api_?key|access_?key|signature|credential|sig)[\w.-]*=)[^&\s'\"]+",
-    re.IGNORECASE,
-)
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 _ENVIRONMENT = threading.RLock()  # the uploader's thread connects, too
 
@@ -192,11 +187,6 @@ def local_database(uri: str) -> Path | None:
 def shown_uri(uri: str) -> str:
     """The address as it may be shown: without user, password or secret query values."""
     return without_credentials(uri)
-
-
-def without_credentials(text: str) -> str:
-    """Any text with the user info and secret query values of the addresses in it taken out."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub("", text))
 
 
 def is_absent(error: MlflowException) -> bool:

@@ -7,7 +7,7 @@ so that one is plain text.
 from collections.abc import Sequence
 
 from fmcore.artifacts.types import Verdict
-from fmcore.tracking.client import without_credentials
+from fmcore.redaction import without_credentials
 
 # The version's number is known when it has been created: `publish` puts it in here.
 VERSION_PLACEHOLDER = "{version}"

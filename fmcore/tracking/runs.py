@@ -22,8 +22,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from ruamel.yaml import YAML
 
+from fmcore.redaction import without_credentials
 from fmcore.tracking import names
-from fmcore.tracking.client import is_absent, talking_to, without_credentials
+from fmcore.tracking.client import is_absent, talking_to
 from fmcore.tracking.record import TrackingRecord, begin_record, change_record, now_ms, opening, read_record
 from fmcore.tracking.versions import quoted
 

@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 
 from fmcore.artifacts.step import Step
 from fmcore.errors import TrackingError
-from fmcore.tracking.client import connect, experiment_id, probe, shown_uri, without_credentials
+from fmcore.redaction import without_credentials
+from fmcore.tracking.client import connect, experiment_id, probe, shown_uri
 from fmcore.tracking.outage import breaker_of
 from fmcore.tracking.record import alive, begin_record, change_record, now_ms, sent_path
 from fmcore.tracking.runs import StageRun, Status, scrubbed, start_run

@@ -6,13 +6,13 @@ import pytest
 from mlflow import MlflowClient
 
 from fmcore.errors import TrackingError
+from fmcore.redaction import without_credentials
 from fmcore.tracking.client import (
     connect,
     experiment_id,
     local_database,
     patient_http,
     shown_uri,
-    without_credentials,
 )
 
 

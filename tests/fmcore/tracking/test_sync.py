@@ -81,7 +81,7 @@ def run_stage(home: Any, recipe: dict[str, Any], uri: str, until: str = "registe
 
 
 def outage_run(home: Any, recipe: dict[str, Any], uri: str, **given: Any) -> Path:
-    with pytest.raises(TrackingError, match="not registered: MLflow at .* does not answer.*`strata sync`"):
+    with pytest.raises(TrackingError, match=r"not registered: MLflow at .* does not answer.*`strata sync`"):
         run_stage(home, recipe, uri, **given)
     return record_path(home.workspace.runs, home.resolve(recipe).steps.model.fingerprint)
 
