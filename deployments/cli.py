@@ -266,6 +266,22 @@ def gc(
 
 
 @app.command()
+def sync(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing.")] = False,
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Also compare the runs that a sync found complete before.")
+    ] = False,
+) -> None:
+    """Send to MLflow what an outage kept from it: rows, parameters, results, status and registrations.
+
+    Example: strata sync --dry-run
+    """
+    from deployments.sync import sync_home
+
+    raise typer.Exit(sync_home(console, dry_run=dry_run, recheck=recheck))
+
+
+@app.command()
 def up(
     recipes: RecipeFiles = None,
     port: Annotated[int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)] = 4200,

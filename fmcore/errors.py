@@ -13,11 +13,19 @@ StrataError                1   something failed
 └── Interrupted           75   stopped on request; the same command resumes
 """
 
+from fmcore.redaction import without_credentials
+
 
 class StrataError(Exception):
-    """Root of all errors that Strata raises on purpose; the message is meant for the user."""
+    """Root of all errors that Strata raises on purpose; the message is meant for the user.
+
+    It loses the credentials in it, such as those in an address that a library names.
+    """
 
     exit_code = 1
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*(without_credentials(part) if isinstance(part, str) else part for part in message))
 
 
 class UserInputError(StrataError):

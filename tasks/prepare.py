@@ -3,8 +3,9 @@
 from prefect import task
 
 from fmcore.artifacts.types import Documents, RegisteredModel
-from fmcore.data.prepare import prepare_documents, source_rows
+from fmcore.data.prepare import prepare_documents
 from fmcore.recipes.fields import TaskData, TextData
+from fmcore.tracking.contents import log_documents
 from tasks.cards import show_counts
 from tasks.context import current_stage, finished
 from tasks.failing import failing_in_words
@@ -17,7 +18,6 @@ def prepare(data: TextData | TaskData, parent: RegisteredModel | None) -> Docume
     stage = current_stage()
     hit = stage.store.find(stage.steps.documents, Documents)
     documents = hit or prepare_documents(stage.steps.documents, data, parent, stage.store)
-    stage.tracking.log(lambda run: run.log_sources(source_rows(documents, data)))
-    stage.tracking.log(lambda run: run.log_counts({k: v for k, v in documents.counts.items() if k != "choices"}))
+    stage.tracking.log(lambda run: log_documents(run, documents, data))
     show_counts(documents)
     return finished(documents, cached=hit is not None)

@@ -51,6 +51,7 @@ class Store:
     """Finds, builds, opens and verifies the artifacts below one home folder."""
 
     def __init__(self, home: Path, *, rehash: bool = False) -> None:
+        self.home = home
         self.root = home / "artifacts"
         self._digests = DigestCache(home / DIGESTS, rehash=rehash)
 
@@ -81,6 +82,13 @@ class Store:
                 f"another STRATA_HOME than the one it was made in. Run its recipe again to rebuild it."
             )
         return found
+
+    def partial_of(self, fingerprint: str, cls: type[ArtifactT]) -> Path | None:
+        """The folder in which an artifact of that fingerprint is being built, or was when its builder stopped."""
+        for marker in (self.root / cls.kind).glob(f"*-{fingerprint[:8]}*.partial/{MARKER}"):
+            if read_json(marker)["fingerprint"] == fingerprint:
+                return marker.parent
+        return None
 
     def all(self, cls: type[ArtifactT]) -> Iterator[ArtifactT]:
         """Every complete artifact of a class, oldest first."""

@@ -13,6 +13,7 @@ from fmcore.artifacts.types import ACCEPTED, RegisteredModel
 from fmcore.errors import RecipeError, TrackingError, UnknownModelError
 from fmcore.model.importing import import_checkpoint, import_step
 from fmcore.model.outside import CONFIG, Outside, fetch, has_learned_positions, look_at, max_positions
+from fmcore.planning.offline import offline_parent
 from fmcore.planning.runs import RunRecord
 from fmcore.planning.steps import ParentRef
 from fmcore.recipes.fields import Replay
@@ -49,7 +50,7 @@ def find_parent(reference: str, uri: str, store: Store, record: RunRecord) -> Fo
     """What a recipe's parent stands for, or what an unfinished run of the recipe found. Imports nothing."""
     wanted = parse_parent(reference)
     if isinstance(wanted, Registered):
-        model = _resolve_or_remember(wanted.reference, uri, store, record)
+        model = _resolve(wanted.reference, uri, store, record)
         return FoundParent(_ref(model), model, None)
     outside = look_at(wanted, store.digests)
     checkpoint, version = outside_steps(outside)
@@ -65,26 +66,11 @@ def _ref(model: RegisteredModel) -> ParentRef:
     return ParentRef(model.model, model.fingerprint, model.parents["checkpoint"])
 
 
-def _resolve_or_remember(reference: str, uri: str, store: Store, record: RunRecord) -> RegisteredModel:
-    """Ask the registry; where it is away, a version named by its number, or of an unfinished run, is known here."""
+def _resolve(reference: str, uri: str, store: Store, record: RunRecord) -> RegisteredModel:
     try:
         return resolve_parent(reference, connect(uri), store, record)
     except TrackingError as error:
-        known = _remembered(reference, store, record)
-        if known is None or (known.verdict not in ACCEPTED and known.stage != IMPORTED):
-            raise TrackingError(
-                f"parent: {reference} cannot be looked up: {error}. A version named by its number, as in "
-                f"{reference.removeprefix('models:/').partition('@')[0]}/1, is found in this home without the registry"
-            ) from error
-        return known
-
-
-def _remembered(reference: str, store: Store, record: RunRecord) -> RegisteredModel | None:
-    if recorded := record.parent_for(None):
-        return store.get(recorded, RegisteredModel)
-    wanted = reference.removeprefix("models:/")
-    found = [model for model in store.all(RegisteredModel) if model.uri == wanted]
-    return found[0] if len(found) == 1 else None  # two registries may have given one number twice
+        return offline_parent(reference, store, record, error)
 
 
 def resolve_parent(

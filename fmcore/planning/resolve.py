@@ -44,7 +44,7 @@ def resolve_stage(
 
     Raises UnknownModelError where the parent does not exist or was refused (NotDownloadedError for a hub name that
     `fetch_parent` has not fetched), DataError for missing sources, RecipeError for what the parent cannot give,
-    TrackingError where the registry is needed and does not answer.
+    TrackingError where the registry is needed and does not answer; see `offline_parent`.
     """
     uri = tracking_uri(recipe.execution, workspace)
     identity = recipe_identity(recipe, documents_step(recipe.name, recipe.data, None, store.digests))

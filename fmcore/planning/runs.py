@@ -32,8 +32,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.path = folder / f"{identity[:16]}.json"
-        self.tracking = folder / f"{identity[:16]}.mlflow.json"
-        self._identity = identity
+        self.identity = identity
         self.values: dict[str, Any] = {}
         if self.path.exists() and (found := read_json(self.path))["identity"] == identity:
             self.values = found
@@ -57,7 +56,7 @@ class RunRecord:
         """Note the parent, the steps and the registry before any work."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fingerprints = [step.fingerprint for step in steps]
-        self.values = {"identity": self._identity, "parent": parent, "steps": fingerprints, "registry": registry}
+        self.values = {"identity": self.identity, "parent": parent, "steps": fingerprints, "registry": registry}
         write_json(self.path, self.values)
 
     def finish(self, model: str) -> None:

@@ -7,7 +7,9 @@ these classes need no unions.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from fmcore.redaction import holds_credentials
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SPLIT_PATTERN = r"^[A-Za-z0-9_.-]+$"  # a plain name: slices such as train[:10%] are refused
@@ -33,12 +35,34 @@ def _title(name: str, field: object) -> str:
     return TITLES.get(name) or name.rstrip("_").replace("_", " ").capitalize()
 
 
+_WHERE_CREDENTIALS_GO = {
+    "tracking_uri": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a database's "
+    "whole address into MLFLOW_TRACKING_URI"
+}
+
+
 class Block(BaseModel):
-    """Frozen, and closed: an unknown field is an error, never ignored."""
+    """Frozen, and closed: an unknown field is an error, never ignored. No field takes credentials.
+
+    A recipe is kept with its artifacts, in MLflow and as the parameter of a Prefect run.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, field_title_generator=_title
     )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_credentials(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and holds_credentials(value):
+            variables = _WHERE_CREDENTIALS_GO.get(
+                info.field_name or "", "those that the storage reads, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+            raise ValueError(
+                f"the address holds credentials, and recipes are stored where many can read them; take them out and "
+                f"put them into environment variables: {variables}"
+            )
+        return value
 
 
 class Source(Block):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fmcore.artifacts.types import Verdict
 from fmcore.model.outside import Origin
-from fmcore.tracking.client import without_credentials
+from fmcore.redaction import without_credentials
 
 # The version's number is known when it has been created: `publish` puts it in here.
 VERSION_PLACEHOLDER = "{version}"

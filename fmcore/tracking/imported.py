@@ -13,10 +13,12 @@ from fmcore.artifacts.types import Checkpoint, RegisteredModel
 from fmcore.errors import TrackingError
 from fmcore.model.importing import origin_of
 from fmcore.model.outside import Origin
+from fmcore.redaction import without_credentials
 from fmcore.tracking import names, registry
-from fmcore.tracking.client import connect, experiment_id, talking_to, without_credentials
+from fmcore.tracking.client import connect, experiment_id, talking_to
 from fmcore.tracking.description import describe
 from fmcore.tracking.register import DECISION_FILE, find_registered, link_or_copy
+from fmcore.tracking.record import record_path
 from fmcore.tracking.registry import ModelRef
 from fmcore.tracking.runs import StageRun, start_run
 from fmcore.tracking.session import EXPERIMENT
@@ -84,7 +86,7 @@ def _start(client: MlflowClient, step: Step, origin: Origin, workspace: Workspac
         identity=step.fingerprint,
         tags={names.STAGE: IMPORTED, **_tags(origin)},
         parent_run_id=None,
-        record=workspace.runs / f"{step.fingerprint[:16]}.mlflow.json",
+        record=record_path(workspace.runs, step.fingerprint),
     )
 
 

@@ -1,6 +1,7 @@
 """The tags and aliases that Strata sets in MLflow; stable names, which other tools may search by."""
 
 FINGERPRINT = "strata.fingerprint"
+RUN_KEY = "strata.run_key"  # given by the home that made the run, to find it again
 STAGE = "strata.stage"
 CHECKPOINT = "strata.checkpoint"
 MODEL_ID = "strata.model_id"

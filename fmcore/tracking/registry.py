@@ -155,7 +155,7 @@ def _logged_model(client: MlflowClient, run: StageRun, name: str, folder: Path, 
     if model.status == LoggedModelStatus.READY:
         return str(model.model_id)
     try:
-        with patient_http():
+        with patient_http(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())):
             client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     except Exception:
