@@ -43,9 +43,7 @@ class Accounts:
         """What cannot be used; raises DataError where the recipe says so."""
         place = f"{origin(path, unit.line)}: {unit.detail}"
         if self._stop:
-            raise DataError(
-                f"{place}. Mend it, or set data.on_bad_input: quarantine to set such input aside and go on"
-            )
+            raise DataError(f"{place}. Mend it, or set data.on_bad_input: quarantine to set such input aside and go on")
         if len(self._first) < SHOWN:
             self._first.append(place)
         if self._quarantine is None:
@@ -57,7 +55,7 @@ class Accounts:
 
     def counts(self) -> dict[str, Any]:
         """{what: {source: number}}, and {what: {source: {reason: number}}} for dropped and quarantined."""
-        counts = {
+        counts: dict[str, Any] = {
             "read": dict(self.read),
             "train": dict(self.kept["train"]),
             "heldout": dict(self.kept["heldout"]),

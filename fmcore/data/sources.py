@@ -6,8 +6,8 @@ from typing import Any
 from fmcore.artifacts.files import DigestCache
 from fmcore.data.columns import hub_commit, is_hub_path
 from fmcore.data.files import SourceFile, files_by_digest, find_files, open_bytes
-from fmcore.data.unpacking import BrokenFile
 from fmcore.data.units import Shard
+from fmcore.data.unpacking import BrokenFile
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Filters, Source, Task
 from fmcore.recipes.paths import is_url
@@ -73,7 +73,7 @@ def _refuse_json(block: Source | Task, files: list[SourceFile]) -> None:
 def _holds_objects(file: SourceFile) -> bool:
     with open_bytes(file) as stored:
         try:
-            start = stored.read().decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+            start = next(iter(stored), b"").decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
         except BrokenFile:
             return False
     if start.startswith("["):

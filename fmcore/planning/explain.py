@@ -19,7 +19,7 @@ from fmcore.artifacts.types import (
     RegisteredModel,
     TokenShards,
 )
-from fmcore.data.files import find_files
+from fmcore.data.sources import total_bytes
 from fmcore.model.presets import estimate_parameters, model_fields
 from fmcore.planning.steps import StageSteps
 from fmcore.recipes.fields import TextData
@@ -143,8 +143,7 @@ def _guess_tokens(recipe: StageRecipe, steps: StageSteps, store: Store) -> int:
     if documents and "train_bytes" in documents.counts:
         return int(sum(documents.counts["train_bytes"].values()) / BYTES_PER_TOKEN)
     sources = recipe.data.sources if isinstance(recipe.data, TextData) else recipe.data.tasks
-    files = [path for source in sources for path in find_files(source.path, field=source.name)]
-    return int(sum(path.stat().st_size for path in files) / BYTES_PER_TOKEN)
+    return int(sum(total_bytes(source) for source in sources) / BYTES_PER_TOKEN)
 
 
 def _parameters(recipe: StageRecipe, shards: TokenShards | None, parent: RegisteredModel | None, store: Store) -> int:

@@ -113,7 +113,9 @@ class _Worker:
         hint = "; if memory ran out, set execution.workers lower" if code == -signal.SIGKILL else ""
         self._errors.seek(0)
         said = self._errors.read()[-2000:].decode("utf-8", "replace").strip()
-        return WorkerError(f"a process that works on the data {cause}{hint}; run the same command again\n{said}".strip())
+        return WorkerError(
+            f"a process that works on the data {cause}{hint}; run the same command again\n{said}".strip()
+        )
 
     def kill(self) -> None:
         self._process.kill()

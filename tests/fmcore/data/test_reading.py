@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcore.data.files import find_files
-from fmcore.data.places import MAX_UNIT_BYTES, Bad, origin
+from fmcore.data.places import Bad, origin
 from fmcore.data.reading import JSON_CHUNK_CHARS, LONG_FILE_CHARS, MIN_PIECE_CHARS, read_records, read_texts
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source
