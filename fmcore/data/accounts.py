@@ -55,7 +55,7 @@ class Accounts:
 
     def counts(self) -> dict[str, Any]:
         """{what: {source: number}}, and {what: {source: {reason: number}}} for dropped and quarantined."""
-        counts = {
+        counts: dict[str, Any] = {
             "read": dict(self.read),
             "train": dict(self.kept["train"]),
             "heldout": dict(self.kept["heldout"]),

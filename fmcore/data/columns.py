@@ -1,6 +1,5 @@
 """Reads the rows of tables: Parquet files, and Hugging Face data sets on disk or on the hub."""
 
-import os
 import re
 import shutil
 import tempfile
@@ -188,6 +187,6 @@ def _saved(data: Any, path: str, split: str) -> Any:
 
 def _base(path: str) -> tuple[str, str]:
     """A file or glob as (folder, pattern below it)."""
-    parts = path.split(os.sep)
+    parts = Path(path).parts
     first = next((n for n, part in enumerate(parts) if has_magic(part)), len(parts) - 1)
-    return os.sep.join(parts[:first]) or os.sep, os.sep.join(parts[first:])
+    return str(Path(*parts[:first])), str(Path(*parts[first:]))

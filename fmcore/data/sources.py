@@ -76,7 +76,7 @@ def _refuse_json(block: Source | Task, files: list[SourceFile]) -> None:
 def _holds_objects(file: SourceFile) -> bool:
     with open_bytes(file) as stored:
         try:
-            start = stored.read().decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+            start = next(iter(stored), b"").decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
         except BrokenFile:
             return False
     if start.startswith("["):

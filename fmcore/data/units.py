@@ -185,7 +185,7 @@ def _job(shard: Shard, part: Path, *, stop: bool) -> dict[str, Any]:
 
 def write_part(job: dict[str, Any]) -> str:
     """Read one shard into a table, in a process of its own; returns the table's path."""
-    block = {"Source": Source, "Task": Task}[job["form"]].model_validate(job["block"])
+    block = Source(**job["block"]) if job["form"] == "Source" else Task(**job["block"])
     filters = Filters(**job["filters"]) if job["filters"] else None
     with TableWriter(Path(job["part"]), PARTS) as part:
         for unit in units(Shard(block, job["path"], None, filters)):

@@ -54,15 +54,40 @@ class Unpacked:
         self._packed = self.head.startswith((GZIP, ZSTD))
         self._stream: Any = self._stored
         if self.head.startswith(GZIP):
-            self._stream = gzip.GzipFile(fileobj=self._stored)  # type: ignore[call-overload]
+            self._stream = gzip.GzipFile(fileobj=self._stored)
         elif self.head.startswith(ZSTD):
             # unlike zstandard's own reader, pyarrow's says so when a file is cut short
             self._stream = pa.CompressedInputStream(self._stored, "zstd")
         elif self.head and path.partition("?")[0].endswith((".gz", ".zst")):
             self._stream = None
 
-    def read(self) -> bytes:
-        """The next bytes, up to 64 KiB; none at the end."""
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes, up to 64 KiB at a time.
+
+        Chunks that came out of suspiciously little are held back until more was taken in, or it is a bomb: what
+        follows here is slower than unpacking by far.
+        """
+        held: list[bytes] = []
+        byte = count = 0
+        try:
+            while chunk := self._read():
+                held.append(chunk)
+                self.byte += len(chunk)
+                came, taken = self.byte - byte, self._stored.count - count
+                if not self._packed or came <= BOMB_RATIO * taken:
+                    yield from held
+                    held.clear()
+                    byte, count = self.byte, self._stored.count
+                elif came > BOMB_BYTES:
+                    held.clear()
+                    detail = f"{came >> 20} MiB came out of {taken >> 10} KiB: a decompression bomb"
+                    raise BrokenFile("decompression_bomb", detail, byte)
+        except BrokenFile:
+            yield from held
+            raise
+        yield from held
+
+    def _read(self) -> bytes:
         if self._stream is None:
             raise BrokenFile("damaged_archive", "the name says compressed, the bytes are not", 0)
         try:
@@ -71,10 +96,6 @@ class Unpacked:
             raise self._damaged(error) from error
         except OSError as error:  # pyarrow's, about the compressed bytes; a failing disk is a DataError
             raise self._damaged(error) from error
-        self.byte += len(chunk)
-        if self._packed and self.byte > BOMB_BYTES and self.byte > BOMB_RATIO * self._stored.count:
-            detail = f"{self.byte >> 20} MiB came out of its first {self._stored.count >> 10} KiB: a decompression bomb"
-            raise BrokenFile("decompression_bomb", detail, self.byte)
         return chunk
 
     def _reads_singly(self) -> bool:
@@ -83,10 +104,6 @@ class Unpacked:
 
     def _damaged(self, error: Exception) -> BrokenFile:
         return BrokenFile("damaged_archive", f"the compressed file is damaged or cut short: {error}", self.byte)
-
-    def __iter__(self) -> Iterator[bytes]:
-        while chunk := self.read():
-            yield chunk
 
     def close(self) -> None:
         """Close the file."""

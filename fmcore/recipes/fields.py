@@ -324,8 +324,8 @@ class Execution(Block):
 
 
 def _check_hf(block: Source | Task) -> None:
-    given = [name for name in ("split", "config_name", "revision") if name in block.model_fields_set]
-    changed = [name for name in given if getattr(block, name) != type(block).model_fields[name].default]
+    fields = type(block).model_fields
+    changed = [n for n in ("split", "config_name", "revision") if getattr(block, n) != fields[n].default]
     if changed and block.format != "hf":
         raise ValueError(f"{changed[0]} is a setting of format: hf alone; format is {block.format}")
 
