@@ -4,6 +4,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fmcore.errors import RecipeError
 from fmcore.recipes.fields import Lora
@@ -17,6 +18,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=targets,
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps W transposed
     )  # fmt: skip
     try:
         return get_peft_model(model, config)

@@ -265,7 +265,7 @@ def test_a_tokenizers_own_limits_cut_nothing(outside_folders: dict[str, Path], t
     (folder / "tokenizer.json").write_text(json.dumps(saved))
     tokenizer = load_tokenizer(folder)
     text = "river stone castle " * 20
-    assert [len(ids) for ids in Encoder(tokenizer).encode_batch([text, "river"])][0] > 60
+    assert next(len(ids) for ids in Encoder(tokenizer).encode_batch([text, "river"])) > 60
     assert len(Encoder(tokenizer).encode_batch(["river"])[0]) < 8
     example = encode_example(tokenizer, text, "stone")
     assert tokenizer.decode([i for i, m in zip(example.ids, example.mask, strict=True) if m]) == "stone<|endoftext|>"
