@@ -33,11 +33,18 @@ UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 async def serve(ready: Path, cron: str, files: list[Path]) -> None:
-    """Serve until SIGTERM; runs under way are cancelled then, and save."""
+    """Serve until SIGTERM; runs under way are cancelled then, and save.
+
+    Where `strata up` was ended by kill -9 its servers end, too, and nobody is left to tell: the runs see that
+    this process is gone, save and end by themselves.
+    """
+    up = os.getppid()
     runner = Runner(name=NAME, query_seconds=POLL_SECONDS, pause_on_shutdown=False)
     loop = asyncio.get_running_loop()
 
     def stop(*given: Any) -> None:
+        if os.getppid() != up:
+            os._exit(1)
         loop.call_soon_threadsafe(lambda: loop.create_task(runner.astop()))
 
     runner.handle_sigterm = stop  # Prefect's own leaves the event loop by an exception before its runs have ended
