@@ -30,6 +30,7 @@ COMPRESSED = (".gz", ".zst")
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "hf"}
 HF_MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
 MAX_LEFT_OUT = 6
+EXAMPLES = 200
 
 TEXT_FIELDS = ("text", "content", "body", "document", "article", "markdown")
 PAIRS = (
@@ -98,7 +99,10 @@ class TextLook:
 
 @dataclass(frozen=True)
 class RecordsLook:
-    """Prompt/response records. places: by group, of each kept record; chars: length of prompt and response, each."""
+    """Prompt/response records. places: by group, of each kept record; chars: length of prompt and response together.
+
+    examples: a few of the pairs, from all over the sample.
+    """
 
     sample: Sample
     prompt_field: str
@@ -107,6 +111,7 @@ class RecordsLook:
     group_field: str
     places: list[float]
     chars: list[int]
+    examples: list[tuple[str, str]]
     num_classes: int
     repeated_prompts: int
     duplicates: int
@@ -318,7 +323,7 @@ def look_at_records(data: DataFiles) -> RecordsLook:
     ids: set[str] = set()
     prompts: set[str] = set()
     responses: Counter[str] = Counter()
-    places, chars = [], []
+    places, chars, pairs = [], [], []
     missing = duplicates = repeated = 0
     for row in sample.rows:
         pair = pair_of(row, prompt, response, extra)
@@ -335,9 +340,11 @@ def look_at_records(data: DataFiles) -> RecordsLook:
         responses[pair[1]] += 1
         places.append(group_fraction(str(row.get(group)) if group else pair[0]))
         chars.append(len(pair[0]) + len(pair[1]))
+        pairs.append(pair)
     few = 2 <= len(responses) <= MAX_CLASSES and len(sample.rows) >= 5 * len(responses)
     return RecordsLook(
-        sample, prompt, response, extra, group, places, chars, len(responses) if few else 0, repeated, duplicates,
+        sample, prompt, response, extra, group, places, chars, pairs[:: max(1, len(pairs) // EXAMPLES)],
+        len(responses) if few else 0, repeated, duplicates,
         missing,
     )  # fmt: skip
 

@@ -17,13 +17,17 @@ FOLDER_BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Shape:
-    """fields: transformers' config. seq_len, batch_tokens: tokens in a sequence and in an optimizer step."""
+    """fields: transformers' config. seq_len, batch_tokens: tokens in a sequence and in an optimizer step.
+
+    folder: where its tokenizer lies, if it exists already.
+    """
 
     fields: dict[str, Any]
     parameters: int
     vocab_size: int
     seq_len: int
     batch_tokens: int
+    folder: Path | None = None
 
 
 def shape_of(recipe: StageRecipe, parent: Shape | None, vocab_size: int = 0) -> Shape | None:
@@ -72,7 +76,7 @@ def parent_shape(reference: str, parent: RegisteredModel | None, store: Store) -
     if parent is not None:
         return _trained_shape(checkpoint_of(store, parent), store)
     config = Path(reference) / "config.json"
-    return _folder_shape(read_json(config)) if reference and config.is_file() else None
+    return _folder_shape(config) if reference and config.is_file() else None
 
 
 def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
@@ -83,13 +87,15 @@ def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
     spec = read_json(checkpoint.path / "spec.json")
     return Shape(
         fields, whole.num_parameters, int(fields["vocab_size"]), spec["seq_len"],
-        spec["batch_samples"] * spec["seq_len"],
+        spec["batch_samples"] * spec["seq_len"], whole.final,
     )  # fmt: skip
 
 
-def _folder_shape(fields: dict[str, Any]) -> Shape:
+def _folder_shape(config: Path) -> Shape:
+    fields = read_json(config)
     vocabulary = int(fields.get("vocab_size", 0))
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or FOLDER_SEQ_LEN)
     return Shape(
-        fields, estimate_parameters(fields, vocabulary), vocabulary, min(longest, FOLDER_SEQ_LEN), FOLDER_BATCH_TOKENS
-    )
+        fields, estimate_parameters(fields, vocabulary), vocabulary, min(longest, FOLDER_SEQ_LEN),
+        FOLDER_BATCH_TOKENS, config.parent,
+    )  # fmt: skip

@@ -55,7 +55,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe file.
 
     overrides: `dotted.field=value` strings, values in YAML. Relative paths in the file are read from the
-    file's folder. Raises RecipeError, naming the file, the line, the field and the remedy.
+    file's folder, those in overrides from the working directory. Raises RecipeError, naming the file, the line, the field and the remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -166,6 +166,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     except YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = dotted.split(".")
+    value = _absolute({last: value}, Path.cwd())[last]  # typed in a shell, a path is meant from there
     target: Any = data
     for part in parents:
         target = _child(target, part, override)
