@@ -360,7 +360,7 @@ def _context(shape: Shape | None) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return re.sub(r"^--data \S+: ", "", text).split(". ")[0].split("; ")[0]
+    return re.sub(r"^(--data )?(.*/)?", "", text).split(". ")[0].split("; ")[0]
 
 
 def _size(num_bytes: float) -> str:

@@ -293,9 +293,8 @@ def text_field_of(sample: Sample) -> str:
     """The field that holds the text: by its name, else the one with the longest strings."""
     lengths = _mean_chars(sample)
     if not lengths:
-        raise DataError(
-            f"--data {sample.data.path}: no field holds text; fields: {_listed(sample)}{_chat_hint(sample)}"
-        )
+        why = _chat_hint(sample) or "no field holds text"
+        raise DataError(f"--data {sample.data.path}: {why}; fields: {_listed(sample)}")
     return next((name for name in TEXT_FIELDS if name in lengths), max(lengths, key=lambda name: lengths[name]))
 
 
@@ -363,10 +362,12 @@ def record_fields(sample: Sample) -> tuple[str, str]:
     if len(lengths) == 2:
         shorter, longer = sorted(lengths, key=lambda f: lengths[f])
         return shorter, longer
+    if hint := _chat_hint(sample):
+        raise DataError(f"--data {sample.data.path}: {hint}; fields: {_listed(sample)}")
     raise DataError(
         f"--data {sample.data.path}: which field is the prompt, which the response? Fields: {_listed(sample)}; known "
         f"pairs: {', '.join('/'.join(pair) for pair in PAIRS)}. Write prompt_field and response_field into a recipe "
-        f"by hand{_chat_hint(sample)}"
+        f"by hand"
     )
 
 
@@ -405,4 +406,4 @@ def _listed(sample: Sample) -> str:
 
 def _chat_hint(sample: Sample) -> str:
     chat = [field for field in CHAT_FIELDS if field in sample.fields]
-    return f". Chat records ({chat[0]}) are not supported: turn each into a prompt and a response" if chat else ""
+    return f"chat records ({chat[0]}) are not supported: turn each into a prompt and a response" if chat else ""

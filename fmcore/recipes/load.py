@@ -55,7 +55,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe file.
 
     overrides: `dotted.field=value` strings, values in YAML. Relative paths in the file are read from the
-    file's folder, those in overrides from the working directory. Raises RecipeError, naming the file, the line, the field and the remedy.
+    file's folder, those in overrides from the working directory. Raises RecipeError, naming the file, the
+    line, the field and the remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ def environment_kept() -> Iterator[None]:
 
 @pytest.fixture
 def cli(
-    environment_kept: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    environment_kept: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Cli:
     """cli(home, *arguments), run in a working directory of the test's own."""
     folder = tmp_path / "work"
@@ -44,13 +44,13 @@ def cli(
 
         os.environ["STRATA_HOME"] = str(home.path)
         monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
-        capsys.readouterr()
+        capfd.readouterr()
         code = 0
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         assert "Traceback" not in out + err
         return Said(code, out, err)
 

@@ -28,7 +28,7 @@ def test_pretrain_writes_a_short_recipe_and_its_plan(cli: Any, fresh_home: Any, 
     assert "fields: text" in text
     recipe: Any = load_recipe(Path("plays.yaml"))
     assert recipe.data.sources[0].path == str(corpora["old"])
-    assert recipe.data.holdout == 0.3  # 20 of 60 take a third, and the next step down gives too few
+    assert recipe.data.holdout == 0.2  # 20 of 60 would take half of them; this holds out ten or more
     assert recipe.register_.model == "plays"
     assert "prepare" in said.out
     assert f"{recipe.train.tokens:,} tokens" in said.out
@@ -96,13 +96,12 @@ def test_files_of_a_folder_that_hold_no_records_are_left_out(cli: Any, based: An
 
 
 def test_long_records_get_room(cli: Any, based: Any, tmp_path: Path) -> None:
-    rows = [
-        {"question": f"Say {i} in a long way", "answer": " ".join(f"word{j}" for j in range(20))} for i in range(60)
-    ]
+    answer = "river stone castle winter sword king night horse bread song tower letter queen forest bridge"
+    rows = [{"question": f"Say {i} in a long way", "answer": answer} for i in range(60)]
     lines(tmp_path / "work" / "long.jsonl", rows)
     assert cli(based, "init", "finetune", "--data", "long.jsonl").code == 0
     recipe: Any = load_recipe(Path("long-finetune.yaml"))
-    assert recipe.train.seq_len == 64  # the parent's context is 32
+    assert 32 < recipe.train.seq_len <= 4 * 32  # the parent's context is 32
     assert recipe.train.batch_tokens >= recipe.train.seq_len
 
 

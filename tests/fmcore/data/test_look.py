@@ -130,9 +130,9 @@ def test_groups_repeats_and_duplicates_are_noticed(tmp_path: Path) -> None:
 def test_chat_records_are_refused_with_the_reason(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "hi"}]} for _ in range(30)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError, match=r"Chat records \(messages\) are not supported"):
+    with pytest.raises(DataError, match=r"chat records \(messages\) are not supported"):
         look_at_records(data_files(str(path)))
-    with pytest.raises(DataError, match=r"Chat records \(messages\) are not supported"):
+    with pytest.raises(DataError, match=r"chat records \(messages\) are not supported"):
         look_at_text(str(path))
 
 
