@@ -1,21 +1,21 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by the gate, 75 to be resumed.
 
-Modules that take seconds to import (Prefect, MLflow, torch) are imported by the command that needs them.
+Here stand the commands alone; what each does is in a module of its own, imported when it is called, so that
+`--help` and the shell's completion answer at once.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from deployments.completion import complete_model, complete_recipe
-from deployments.failures import report_error, report_unexpected
-from fmcore.artifacts.store import RECORD, Store
-from fmcore.errors import IntegrityError, Interrupted, StrataError, UserInputError
-from fmcore.recipes.load import load_recipe
-from fmcore.workspace import Workspace
+from fmcore.errors import Interrupted, StrataError, UserInputError
+
+if TYPE_CHECKING:
+    from fmcore.recipes.stages import Recipe
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 bad input, recipe or data (one message), 3 the gate held or refused the version, "
@@ -77,8 +77,7 @@ def run(
     """
     from deployments.running import run_recipe
 
-    _mistrust_digests(rehash)
-    raise typer.Exit(run_recipe(load_recipe(recipe, set_ or []), console, fresh=fresh).code)
+    raise typer.Exit(run_recipe(_load(recipe, set_, rehash), console, fresh=fresh).code)
 
 
 @app.command()
@@ -114,8 +113,7 @@ def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False, jso
     """
     from deployments.planning import print_plan
 
-    _mistrust_digests(rehash)
-    print_plan(load_recipe(recipe, set_ or []), console, as_json=json)
+    print_plan(_load(recipe, set_, rehash), console, as_json=json)
 
 
 @app.command("list")
@@ -228,19 +226,9 @@ def verify(
 
     Example: strata verify
     """
-    workspace = Workspace.current()
-    store = Store(workspace.home, rehash=True)
-    folders = [path] if path else sorted(p.parent for p in store.root.glob(f"*/*/{RECORD}"))
-    damaged = 0
-    for folder in folders:
-        problems = list(store.problems(folder)) if (folder / RECORD).is_file() else [f"{folder} has no {RECORD}"]
-        damaged += bool(problems)
-        console.print(f"{folder.name}: {'intact' if not problems else 'DAMAGED'}", highlight=False)
-        for problem in problems:
-            console.print(f"  {problem}", highlight=False, soft_wrap=True)
-    if damaged:
-        raise IntegrityError(f"{damaged} of {len(folders)} artifacts are damaged")
-    console.print(f"{len(folders)} artifacts, every file matches its sha256")
+    from deployments.verifying import verify_artifacts
+
+    verify_artifacts(path, console)
 
 
 RecipeFiles = Annotated[
@@ -311,21 +299,25 @@ def deploy(
     register(recipes or [], pool, cron, console)
 
 
-def _mistrust_digests(rehash: bool) -> None:
+def _load(path: Path, overrides: list[str] | None, rehash: bool) -> "Recipe":
+    from fmcore.recipes.load import load_recipe
+    from fmcore.workspace import Workspace
+
     if rehash:
         Workspace.current().digests.unlink(missing_ok=True)
+    return load_recipe(path, overrides or [])
 
 
 def main() -> None:
     """Run the command line; what goes wrong is one message, and a traceback only where STRATA_DEBUG=1 asks for it."""
     try:
-        app()
-    except StrataError as error:
-        sys.exit(report_error(error))
+        app(prog_name="strata")
     except KeyboardInterrupt:
         sys.exit(Interrupted.exit_code)
-    except Exception as error:  # a bug of ours, or a library's: kept where it can be read
-        sys.exit(report_unexpected(error))
+    except Exception as error:
+        from deployments.failures import report_error, report_unexpected
+
+        sys.exit(report_error(error) if isinstance(error, StrataError) else report_unexpected(error))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from fmcore.workspace import Workspace
-
 RECIPE_SUFFIXES = (".yaml", ".yml")
 ACCEPTED = ("FIRST", "PROMOTE")
 
@@ -29,6 +27,8 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_model(incomplete: str) -> list[str]:
     """`name@champion` and `name/version` of the versions whose artifacts lie in this home."""
+    from fmcore.workspace import Workspace
+
     references = set()
     for record in (Workspace.current().home / "artifacts" / "model").glob("*/artifact.json"):
         with suppress(OSError, ValueError, KeyError):

@@ -26,6 +26,7 @@ EVAL_NAMES = ("test", "eval", "validation", "valid", "dev", "val")
 MAX_TASKS = 60
 MAX_UPS = 2  # `..`s in a path that still reads as "near the recipe"
 TEMPLATE_TOKENS = 12  # that the chat template adds to a record
+TEMPLATE_MARKS = 8  # those of them that are no words
 FITTING_SHARE = 0.9  # of the records that should fit into seq_len
 MAX_STRETCH = 4  # times the parent's context that records may take up
 DEFAULT_HOLDOUT = {"text": 0.02, "records": 0.1}
@@ -200,12 +201,13 @@ class Draft:
             yield Line(f"      holdout: {holdout:g}", f"{'' if sample.exact else 'about '}{num:,.0f} records")
 
     def _finetune_sizes(self, looks: list[RecordsLook], shape: Shape | None) -> Iterator[Line]:
-        lengths = sorted(chars / BYTES_PER_TOKEN + TEMPLATE_TOKENS for look in looks for chars in look.chars)
-        tokens = sum(
-            (look.num_bytes / BYTES_PER_TOKEN) + look.sample.scale * len(look.chars) * TEMPLATE_TOKENS for look in looks
-        )
-        seq_len = _record_length(lengths[int(FITTING_SHARE * (len(lengths) - 1))], shape)
-        fitting = sum(length <= (seq_len or lengths[-1]) for length in lengths) / len(lengths)
+        per_token, template = _token_sizes(looks, shape)
+        lengths = sorted(chars / per_token + template for look in looks for chars in look.chars)
+        tokens = sum(look.num_bytes / per_token + look.sample.num_records * template for look in looks)
+        wanted = [_long_enough(sorted(chars / per_token + template for chars in look.chars)) for look in looks]
+        seq_len = _record_length(max(wanted), shape)
+        longest = seq_len or (shape.seq_len if shape else lengths[-1])
+        fitting = sum(length <= longest for length in lengths) / len(lengths)
         yield Line("method: full", "full | lora (adapters; for larger parents)")
         yield Line("train:")
         affordable = BUDGET_S * usual_rate(shape.parameters, self._store) / (6 * shape.parameters) if shape else 0
@@ -238,6 +240,25 @@ class Draft:
         ups = Path(relative).parts.count("..")
         reaches_root = len(self._folder.parts) - ups <= 1
         return whole if ups > MAX_UPS or (ups and reaches_root) else relative
+
+
+def _token_sizes(looks: list[RecordsLook], shape: Shape | None) -> tuple[float, int]:
+    """(characters per token, tokens that the chat template adds), by the parent's tokenizer where it is at hand."""
+    file = shape.folder / "tokenizer.json" if shape and shape.folder else None
+    if file is None or not file.is_file():
+        return BYTES_PER_TOKEN, TEMPLATE_TOKENS
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    texts = ["\n".join(pair) for look in looks for pair in look.examples]
+    num_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
+    template = len(tokenizer.encode("user\nassistant\n", add_special_tokens=False).ids) + TEMPLATE_MARKS
+    return sum(map(len, texts)) / max(1, num_tokens), template
+
+
+def _long_enough(lengths: list[float]) -> float:
+    """The length that most of a task's records (given in order) stay within."""
+    return lengths[int(FITTING_SHARE * (len(lengths) - 1))]
 
 
 def _record_length(wanted: float, shape: Shape | None) -> int:
@@ -340,7 +361,7 @@ def _context(shape: Shape | None) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return re.sub(r"^--data \S+: ", "", text).split(". ")[0].split("; ")[0]
+    return re.sub(r"^(--data )?(.*/)?", "", text).split(". ")[0].split("; ")[0]
 
 
 def _size(num_bytes: float) -> str:

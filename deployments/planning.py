@@ -130,6 +130,7 @@ def _parts(cost: Cost) -> str:
     parts = {
         "torch itself": cost.memory.base,
         "weights, gradients and moments": cost.memory.weights + cost.memory.gradients + cost.memory.moments,
+        "copies of them": cost.memory.copies,
         "activations": cost.memory.activations,
         "logits": cost.memory.logits,
     }

@@ -31,6 +31,7 @@ COMPRESSED = (".gz", ".zst")
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "hf"}
 HF_MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
 MAX_LEFT_OUT = 6
+EXAMPLES = 200
 
 TEXT_FIELDS = ("text", "content", "body", "document", "article", "markdown")
 PAIRS = (
@@ -99,7 +100,10 @@ class TextLook:
 
 @dataclass(frozen=True)
 class RecordsLook:
-    """Prompt/response records. places: by group, of each kept record; chars: length of prompt and response, each."""
+    """Prompt/response records. places: by group, of each kept record; chars: length of prompt and response together.
+
+    examples: a few of the pairs, from all over the sample.
+    """
 
     sample: Sample
     prompt_field: str
@@ -108,6 +112,7 @@ class RecordsLook:
     group_field: str
     places: list[float]
     chars: list[int]
+    examples: list[tuple[str, str]]
     num_classes: int
     repeated_prompts: int
     duplicates: int
@@ -324,9 +329,8 @@ def text_field_of(sample: Sample) -> str:
     """The field that holds the text: by its name, else the one with the longest strings."""
     lengths = _mean_chars(sample)
     if not lengths:
-        raise DataError(
-            f"--data {sample.data.path}: no field holds text; fields: {_listed(sample)}{_chat_hint(sample)}"
-        )
+        why = _chat_hint(sample) or "no field holds text"
+        raise DataError(f"--data {sample.data.path}: {why}; fields: {_listed(sample)}")
     return next((name for name in TEXT_FIELDS if name in lengths), max(lengths, key=lambda name: lengths[name]))
 
 
@@ -354,7 +358,7 @@ def look_at_records(data: DataFiles) -> RecordsLook:
     ids: set[str] = set()
     prompts: set[str] = set()
     responses: Counter[str] = Counter()
-    places, chars = [], []
+    places, chars, pairs = [], [], []
     missing = duplicates = repeated = 0
     for row in sample.rows:
         pair = pair_of(row, prompt, response, extra)
@@ -371,9 +375,11 @@ def look_at_records(data: DataFiles) -> RecordsLook:
         responses[pair[1]] += 1
         places.append(group_fraction(str(row.get(group)) if group else pair[0]))
         chars.append(len(pair[0]) + len(pair[1]))
+        pairs.append(pair)
     few = 2 <= len(responses) <= MAX_CLASSES and len(sample.rows) >= 5 * len(responses)
     return RecordsLook(
-        sample, prompt, response, extra, group, places, chars, len(responses) if few else 0, repeated, duplicates,
+        sample, prompt, response, extra, group, places, chars, pairs[:: max(1, len(pairs) // EXAMPLES)],
+        len(responses) if few else 0, repeated, duplicates,
         missing,
     )  # fmt: skip
 
@@ -392,10 +398,12 @@ def record_fields(sample: Sample) -> tuple[str, str]:
     if len(lengths) == 2:
         shorter, longer = sorted(lengths, key=lambda f: lengths[f])
         return shorter, longer
+    if hint := _chat_hint(sample):
+        raise DataError(f"--data {sample.data.path}: {hint}; fields: {_listed(sample)}")
     raise DataError(
         f"--data {sample.data.path}: which field is the prompt, which the response? Fields: {_listed(sample)}; known "
         f"pairs: {', '.join('/'.join(pair) for pair in PAIRS)}. Write prompt_field and response_field into a recipe "
-        f"by hand{_chat_hint(sample)}"
+        f"by hand"
     )
 
 
@@ -434,4 +442,4 @@ def _listed(sample: Sample) -> str:
 
 def _chat_hint(sample: Sample) -> str:
     chat = [field for field in CHAT_FIELDS if field in sample.fields]
-    return f". Chat records ({chat[0]}) are not supported: turn each into a prompt and a response" if chat else ""
+    return f"chat records ({chat[0]}) are not supported: turn each into a prompt and a response" if chat else ""

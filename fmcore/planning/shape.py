@@ -17,13 +17,17 @@ FOLDER_BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Shape:
-    """fields: transformers' config. seq_len, batch_tokens: tokens in a sequence and in an optimizer step."""
+    """fields: transformers' config. seq_len, batch_tokens: tokens in a sequence and in an optimizer step.
+
+    folder: where its tokenizer lies, if it exists already.
+    """
 
     fields: dict[str, Any]
     parameters: int
     vocab_size: int
     seq_len: int
     batch_tokens: int
+    folder: Path | None = None
 
 
 def shape_of(recipe: StageRecipe, parent: Shape | None, vocab_size: int = 0) -> Shape | None:
@@ -68,7 +72,7 @@ def parent_shape(outside: Path | None, parent: RegisteredModel | None, store: St
     """The parent's shape: as it was trained here, or by its config where it is a folder from outside."""
     if parent is not None:
         return _trained_shape(checkpoint_of(store, parent), store)
-    return _folder_shape(read_json(outside / "config.json")) if outside else None
+    return _folder_shape(outside / "config.json") if outside else None
 
 
 def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
@@ -79,13 +83,15 @@ def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
     spec = read_json(checkpoint.path / "spec.json")
     return Shape(
         fields, whole.num_parameters, int(fields["vocab_size"]), spec["seq_len"],
-        spec["batch_samples"] * spec["seq_len"],
+        spec["batch_samples"] * spec["seq_len"], whole.final,
     )  # fmt: skip
 
 
-def _folder_shape(fields: dict[str, Any]) -> Shape:
+def _folder_shape(config: Path) -> Shape:
+    fields = read_json(config)
     vocabulary = int(fields.get("vocab_size", 0))
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or FOLDER_SEQ_LEN)
     return Shape(
-        fields, estimate_parameters(fields, vocabulary), vocabulary, min(longest, FOLDER_SEQ_LEN), FOLDER_BATCH_TOKENS
-    )
+        fields, estimate_parameters(fields, vocabulary), vocabulary, min(longest, FOLDER_SEQ_LEN),
+        FOLDER_BATCH_TOKENS, config.parent,
+    )  # fmt: skip

@@ -56,8 +56,9 @@ PATH_FIELDS = {"path", "eval_path"}
 def load_recipe(path: Path, overrides: Iterable[str] = (), *, folder: Path | None = None) -> Recipe:
     """Read and validate a recipe file.
 
-    overrides: `dotted.field=value` strings, values in YAML. folder: where relative paths are read from, the
-    file's own when None. Raises RecipeError, naming the file, the line, the field and the remedy.
+    overrides: `dotted.field=value` strings, values in YAML. folder: where relative paths of the file are read
+    from, its own when None; those in overrides are read from the working directory. Raises RecipeError,
+    naming the file, the line, the field and the remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -208,6 +209,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     except YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = dotted.split(".")
+    value = _absolute({last: value}, Path.cwd())[last]  # typed in a shell, a path is meant from there
     target: Any = data
     for part in parents:
         target = _child(target, part, override)

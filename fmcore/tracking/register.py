@@ -125,8 +125,8 @@ def _decide(
 def regression_accepted(client: MlflowClient, model: RegisteredModel) -> bool:
     """Whether a person promoted this version in spite of its losses."""
     with talking_to(client):
-        version = client.get_model_version(model.model, str(model.version))
-    return names.REGRESSION_ACCEPTED in version.tags
+        version = registry.version_numbered(client, model.model, model.version)
+    return version is not None and names.REGRESSION_ACCEPTED in version.tags  # it may have been deleted since
 
 
 def _bases(contender: Contender, store: Store) -> list[str]:

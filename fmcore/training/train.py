@@ -17,7 +17,7 @@ from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, RegisteredModel, TokenShards
-from fmcore.errors import DataError, RecipeError, TrainingError
+from fmcore.errors import DataError, RecipeError, StoreError, TrainingError
 from fmcore.model.importing import origin_of
 from fmcore.model.outside import Origin
 from fmcore.model.presets import model_fields
@@ -257,7 +257,10 @@ def _pools(
     if not isinstance(recipe, ContinueRecipe) or recipe.replay.fraction == 0:
         return tuple(new)
     assert parent is not None
-    replayed = tuple(_replay_members(store, parent))
+    try:
+        replayed = tuple(_replay_members(store, parent))
+    except StoreError as error:
+        raise StoreError(f"replay.fraction: {parent.uri} cannot be replayed: {error} Or set it to 0.") from error
     if not replayed:
         raise DataError(f"replay.fraction: what {parent.uri} was trained on is not known here; set it to 0")
     fraction = recipe.replay.fraction
