@@ -209,14 +209,22 @@ def _override(data: dict[str, Any], override: str) -> None:
     except YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = dotted.split(".")
-    value = _absolute({last: value}, Path.cwd())[last]  # typed in a shell, a path is meant from there
     target: Any = data
     for part in parents:
         target = _child(target, part, override)
+    value = _typed_in_a_shell(value, last, target)
     if isinstance(target, list):
         target[_index(target, last, override)] = value
     else:
         target[last] = value
+
+
+def _typed_in_a_shell(value: Any, name: str, block: Any) -> Any:
+    """A path on the command line is meant from the working directory, not from the recipe's folder."""
+    if name == "parent" and isinstance(value, str):
+        return absolute_parent(value, Path.cwd())
+    format = block.get("format") if isinstance(block, dict) else None
+    return _absolute({"format": format, name: value}, Path.cwd())[name]
 
 
 def _child(target: Any, part: str, override: str) -> Any:
