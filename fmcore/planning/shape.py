@@ -10,6 +10,7 @@ from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Checkpoint, RegisteredModel
 from fmcore.model.presets import estimate_parameters, model_fields
 from fmcore.recipes.stages import FinetuneRecipe, PretrainRecipe, StageRecipe
+from fmcore.training.train import inherited_spec
 
 FOLDER_SEQ_LEN = 1024  # of a parent from outside, whose own context may be far longer than what is trained
 FOLDER_BATCH_TOKENS = 8192
@@ -80,10 +81,10 @@ def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
     while whole.method == "lora":
         whole = store.get(whole.parents["parent"], Checkpoint)
     fields = read_json(whole.final / "config.json")
-    spec = read_json(checkpoint.path / "spec.json")
+    trained = inherited_spec(checkpoint)
     return Shape(
-        fields, whole.num_parameters, int(fields["vocab_size"]), spec["seq_len"],
-        spec["batch_samples"] * spec["seq_len"], whole.final,
+        fields, whole.num_parameters, int(fields["vocab_size"]), trained["seq_len"], trained["batch_tokens"],
+        whole.final,
     )  # fmt: skip
 
 

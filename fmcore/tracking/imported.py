@@ -17,8 +17,8 @@ from fmcore.redaction import without_credentials
 from fmcore.tracking import names, registry
 from fmcore.tracking.client import connect, experiment_id, talking_to
 from fmcore.tracking.description import describe
-from fmcore.tracking.register import DECISION_FILE, find_registered, link_or_copy
 from fmcore.tracking.record import record_path
+from fmcore.tracking.register import DECISION_FILE, find_registered, link_or_copy
 from fmcore.tracking.registry import ModelRef
 from fmcore.tracking.runs import StageRun, start_run
 from fmcore.tracking.session import EXPERIMENT

@@ -33,7 +33,7 @@ def load_registered(reference: str, tracking_uri: str = "") -> tuple[PreTrainedM
 
 def _weights(client: MlflowClient, ref: ModelRef) -> tuple[Path, Weights]:
     """The version's folder, and the whole weights and adapters that make its model."""
-    with talking_to(client), patient_http():
+    with talking_to(client), patient_http(0):
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{ref.uri}", tracking_uri=client.tracking_uri))
     if not (folder / ADAPTER_RECORD).is_file():
         return folder, Weights(folder=folder)
