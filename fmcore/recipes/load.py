@@ -89,11 +89,13 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tup
         raise RecipeError(f"{where} is not a valid {kind} recipe:\n  {problems}") from error
 
 
-def recipe_from_parameters(data: Mapping[str, Any], kind: str) -> Recipe:
+def recipe_from_parameters(data: Any, kind: str) -> Recipe:
     """Validate what a form or an API call sent as the recipe of a flow, whose name is its kind.
 
     Raises RecipeError, also for relative paths: a server knows no recipe folder to read them from.
     """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"recipe: expected the fields of a {kind} recipe, given {data!r}")
     given = data.get("kind") or kind
     if given != kind:
         raise RecipeError(f"recipe: kind is {given!r}; this flow runs recipes of kind {kind}")
