@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -320,3 +321,24 @@ def test_a_finished_recipe_that_a_server_starts_again_looks_for_a_new_champion(
     anew = resolve_stage(sent, home.workspace, home.store, anew=True)
     assert anew.parent is not None
     assert anew.parent.fingerprint == made.fingerprint
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(
+    fresh_home: Any, in_home: Enter, recipes: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    import httpx
+
+    from flows.pretrain import pretrain
+    from tasks import cards
+
+    def away(*given: Any, **named: Any) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    for name in ("markdown", "progress", "table"):
+        monkeypatch.setattr(cards, f"create_{name}_artifact", away)
+    in_home(fresh_home)
+    assert run(pretrain, recipes["pretrain"]).name == "Completed"
+    assert caplog.text.count("for Prefect does not answer") == 3
+    monkeypatch.setattr(cards, "update_progress_artifact", away)
+    assert not cards.move_progress(uuid4(), 3.0)
