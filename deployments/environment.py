@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fmcore.redaction import redact_logs
 from fmcore.workspace import Workspace
 
 UP_FILE = "up.json"
@@ -15,6 +16,7 @@ EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while we run a Prefect serv
 
 def prepare_environment(workspace: Workspace) -> None:
     """Point Prefect at the home, keep it quiet, and join a living `strata up` of this home."""
+    redact_logs()
     workspace.home.mkdir(parents=True, exist_ok=True)
     os.environ["STRATA_HOME"] = str(workspace.home)
     defaults = {

@@ -17,18 +17,24 @@ from fmcore.artifacts.lock import exclusive
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, RegisteredModel
 from fmcore.errors import DataError, Interrupted
-from fmcore.planning.resolve import base_name, resolve_stage, tracking_uri
+from fmcore.planning.parents import fetch_parent
+from fmcore.planning.resolve import import_parent, resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
 from fmcore.planning.steps import model_name
+from fmcore.recipes.parents import base_name
 from fmcore.recipes.stages import LifecycleRecipe, PretrainRecipe, StageRecipe
+from fmcore.redaction import redact_logs
 from fmcore.tracking import names
+from fmcore.tracking.client import shown_uri
+from fmcore.tracking.record import record_path
 from fmcore.tracking.session import StageTracking, end_unfinished
 from fmcore.workspace import Workspace
 from tasks.context import Stage, logger, running
 
+redact_logs()  # whoever imports the flows runs them, and Prefect keeps what they log
 STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
 EMBEDDED_VARIABLE = "STRATA_EMBEDDED_PREFECT"  # set while `strata run` has a Prefect server of its own
-_PIPELINE: ContextVar[str | None] = ContextVar("pipeline", default=None)
+_PIPELINE: ContextVar[StageTracking | None] = ContextVar("pipeline", default=None)
 _FRESH: ContextVar[bool] = ContextVar("fresh", default=False)
 
 
@@ -65,17 +71,25 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
     workspace = Workspace.current()
     store = Store(workspace.home)
     with _alone_on(recipe, workspace):
+        fetch_parent(recipe)
         resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get(), anew=_is_started_by_server())
-        resolved.record.start(resolved.parent.fingerprint if resolved.parent else None)
+        resolved = import_parent(resolved, workspace, store, on_line=logger.info)
+        recipe = resolved.recipe
+        registry = shown_uri(tracking_uri(recipe.execution, workspace))
+        resolved.record.start(resolved.parent.fingerprint if resolved.parent else None, resolved.steps, registry)
         tracking = StageTracking.start(
             tracking_uri(recipe.execution, workspace),
             workspace.home,
             name=f"{recipe.kind} {recipe.name}",
             identity=resolved.steps.model.fingerprint,
             tags=_tags(recipe),
-            parent_run_id=_PIPELINE.get(),
-            record=workspace.runs / f"{resolved.steps.model.fingerprint[:16]}.mlflow.json",
+            parent_run_id=None,
+            record=record_path(workspace.runs, resolved.steps.model.fingerprint),
             recipe=recipe.model_dump(mode="json"),
+            step=resolved.steps.model,
+            recipe_identity=resolved.record.identity,
+            pipeline=_PIPELINE.get(),
+            page=_flow_run_page(),
         )
         with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, _flow_run_page())):
             yield StageRecord(resolved.record), resolved.parent
@@ -118,10 +132,11 @@ def running_pipeline(recipe: LifecycleRecipe, identity: str) -> Iterator[None]:
         identity=identity,
         tags=_tags(recipe),
         parent_run_id=None,
-        record=workspace.runs / f"{identity[:16]}.mlflow.json",
+        record=record_path(workspace.runs, identity),
         recipe=recipe.model_dump(mode="json"),
+        page=_flow_run_page(),
     )
-    token = _PIPELINE.set(tracking.run.run_id if tracking.run else None)
+    token = _PIPELINE.set(tracking)
     try:
         with _ending(tracking):
             yield

@@ -8,15 +8,24 @@ StrataError                1   something failed
 ├── StoreError             1   the artifact store
 │   └── IntegrityError         bytes that do not match their recorded sha256
 ├── TrainingError          1   the training or evaluation process failed
+├── WorkerError            1   a process that reads or encodes data failed
 ├── TrackingError          1   the MLflow server or registry cannot be reached
 └── Interrupted           75   stopped on request; the same command resumes
 """
 
+from fmcore.redaction import without_credentials
+
 
 class StrataError(Exception):
-    """Root of all errors that Strata raises on purpose; the message is meant for the user."""
+    """Root of all errors that Strata raises on purpose; the message is meant for the user.
+
+    It loses the credentials in it, such as those in an address that a library names.
+    """
 
     exit_code = 1
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*(without_credentials(part) if isinstance(part, str) else part for part in message))
 
 
 class UserInputError(StrataError):
@@ -47,6 +56,10 @@ class IntegrityError(StoreError):
 
 class TrainingError(StrataError):
     """The training or evaluation process ended without its result."""
+
+
+class WorkerError(StrataError):
+    """A process that reads data ended without its result."""
 
 
 class TrackingError(StrataError):

@@ -4,7 +4,7 @@ from prefect import task
 
 from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, RegisteredModel
 from fmcore.evaluation.evaluate import evaluate_checkpoint
-from fmcore.evaluation.spec import SAMPLES_FILE
+from fmcore.tracking.contents import log_report
 from tasks.context import current_stage, finished, logger
 from tasks.failing import failing_in_words
 
@@ -20,6 +20,5 @@ def evaluate(checkpoint: Checkpoint, documents: Documents, parent: RegisteredMod
         stage.steps.report, checkpoint, documents, parent, recipe.evaluate, recipe.execution, stage.store,
         on_line=logger.info,
     )  # fmt: skip
-    stage.tracking.log(lambda run: run.log_metrics(report.metrics))
-    stage.tracking.log(lambda run: run.log_artifact(report.path / SAMPLES_FILE, "report"))
+    stage.tracking.log(lambda run: log_report(run, report))
     return finished(report, cached=hit is not None)

@@ -4,13 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from prefect import task
 
 from fmcore.artifacts.types import Checkpoint, RegisteredModel, TokenShards
-from fmcore.tracking.plots import plot_training
-from fmcore.training.metrics import FILE_NAME as METRICS
+from fmcore.tracking.contents import log_checkpoint
 from fmcore.training.progress import ProgressReader
 from fmcore.training.spec import TrainSpec
 from fmcore.training.train import train_checkpoint
@@ -36,10 +34,7 @@ def train(shards: TokenShards, parent: RegisteredModel | None) -> Checkpoint:
         stage.steps.checkpoint, shards, stage.recipe, parent, stage.store,
         on_line=logger.info, watch=lambda metrics, spec: _watching(stage, metrics, spec),
     )  # fmt: skip
-    stage.tracking.log(lambda run: run.log_metrics(_summary(checkpoint)))
-    with TemporaryDirectory() as folder:
-        plot_training(checkpoint.path / METRICS, Path(folder))
-        stage.tracking.log(lambda run: run.log_artifact(Path(folder), "plots"))
+    stage.tracking.log(lambda run: log_checkpoint(run, checkpoint))
     return finished(checkpoint, cached=hit is not None)
 
 
@@ -66,12 +61,3 @@ def _watching(stage: Stage, metrics: Path, spec: TrainSpec) -> Iterator[Callable
     with stage.tracking.uploading(metrics):
         yield look
     move_progress(card, 100.0)
-
-
-def _summary(checkpoint: Checkpoint) -> dict[str, float]:
-    return {
-        "train/parameters": checkpoint.num_parameters,
-        "train/trainable_parameters": checkpoint.num_trainable,
-        "train/seconds": checkpoint.train_seconds,
-        "train/final_loss": checkpoint.final_loss,
-    }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fmcore.errors import StrataError
 from fmcore.process.launch import EXIT_INTERRUPTED, EXIT_REFUSED, PARENT_VARIABLE
+from fmcore.redaction import Redacted
 
 WATCH_SECONDS = 0.5
 SERVING_VARIABLE = "STRATA_SERVING_PID"  # of the process that starts flow runs and must not leave them behind
@@ -77,6 +78,7 @@ def run_main(main: Callable[[Path], bool]) -> None:
     parent to raise again.
     """
     spec = Path(sys.argv[1])
+    sys.stdout, sys.stderr = Redacted(sys.stdout), Redacted(sys.stderr)  # they are the artifact's log
     try:
         done = main(spec)
     except StrataError as error:

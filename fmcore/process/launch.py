@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fmcore.errors import Interrupted, TrainingError
+from fmcore.redaction import without_credentials
 
 POLL_SECONDS = 0.2
 PARENT_VARIABLE = "STRATA_PARENT_PID"  # a parent that dies while the child still imports must be missed, too
@@ -137,6 +138,6 @@ class _Tail:
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        for line in complete.decode("utf-8", "replace").splitlines():
+        for line in without_credentials(complete.decode("utf-8", "replace")).splitlines():
             self.last_lines = [*self.last_lines[-49:], line]
             self._on_line(line)

@@ -77,7 +77,11 @@ class _Header(Block):
 
 
 class _ChildHeader(_Header):
-    parent: str = Field(description="The model to start from: name@alias or name/version.")
+    parent: str = Field(
+        min_length=1,
+        description="The model to start from: name@alias, name/version, a folder in transformers' format (./folder) "
+        "or a hub name (org/name@revision); the last two are imported first.",
+    )
 
 
 class _Footer(Block):

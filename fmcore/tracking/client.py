@@ -2,18 +2,23 @@
 
 import logging
 import os
-import re
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from fmcore.errors import TrackingError
+from fmcore.redaction import without_credentials
 
 # A server that hangs holds nothing up for long; what the user set in the environment wins.
 HTTP_DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -21,13 +26,15 @@ QUIET_DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-UPLOAD_TIMEOUT_SECONDS = 600
+# An upload of n bytes may take as long as this many seconds and n at this many bytes a second, up to the longest.
+UPLOAD_SECONDS, UPLOAD_BYTES_PER_SECOND, UPLOAD_LONGEST_SECONDS = 30, 1_000_000, 600
+PROBE_SECONDS = 5.0  # in which an address has to show that somebody is there
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # urllib3 warns of every retry, though the error that follows says it all.
 LOG_LEVELS = {"mlflow": logging.WARNING, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
-_SECRET_QUERY = re.compile(r"(?<=[?&])((?:password|token|secret|api_key)=)[^&\s'\"]+", re.IGNORECASE)
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+_ENVIRONMENT = threading.RLock()  # the uploader's thread connects, too
 
 
 def connect(uri: str) -> MlflowClient:
@@ -50,15 +57,71 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _client(uri: str) -> MlflowClient:
+    probe(uri)
     with talking_to(uri):
         if (database := local_database(uri)) is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
-        with _environment_kept("MLFLOW_TRACKING_URI"), _environment_kept("MLFLOW_REGISTRY_URI"):
+        with _ENVIRONMENT, _environment_kept("MLFLOW_TRACKING_URI"), _environment_kept("MLFLOW_REGISTRY_URI"):
             mlflow.set_tracking_uri(uri)
             mlflow.set_registry_uri(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def probe(uri: str) -> None:
+    """Ask whether somebody is there; takes PROBE_SECONDS at most, whatever hangs: name look-up, connection, answer.
+
+    Any answer but a failure of the server's own counts, also one that asks for a password. Raises TrackingError.
+    """
+    if not uri.startswith(("http://", "https://")):
+        if _database_host(uri) is None:
+            return
+        with talking_to(uri):
+            make_url(uri).get_dialect().import_dbapi()  # a missing driver is another mistake than a missing server
+    answers: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            _ask(uri)
+            answers.put(None)
+        except Exception as error:  # whatever it is, the caller turns it into a message
+            answers.put(error)
+
+    threading.Thread(target=ask, name="mlflow-probe", daemon=True).start()
+    try:
+        error = answers.get(timeout=PROBE_SECONDS)
+    except Empty:
+        raise TrackingError(_no_answer(uri, f"nothing within {PROBE_SECONDS:g} s")) from None
+    if error is not None:
+        raise TrackingError(_no_answer(uri, _innermost(without_credentials(str(error))))) from None
+
+
+def _ask(uri: str) -> None:
+    if (address := _database_host(uri)) is not None:
+        # MLflow itself would try a database that is away for minutes
+        socket.create_connection(address, timeout=PROBE_SECONDS).close()
+        return
+    answer = http_request(
+        get_default_host_creds(uri), "/health", "GET", timeout=PROBE_SECONDS, max_retries=0, raise_on_status=False
+    )
+    if answer.status_code >= 500:
+        raise TrackingError(f"it answers {answer.status_code}")
+
+
+def _database_host(uri: str) -> tuple[str, int] | None:
+    kind = uri.partition(":")[0].partition("+")[0]
+    if kind not in DATABASE_PORTS:
+        return None
+    url = make_url(uri)
+    return (url.host, url.port or DATABASE_PORTS[kind]) if url.host else None
+
+
+def _no_answer(uri: str, why: str) -> str:
+    return (
+        f"MLflow at {shown_uri(uri)} does not answer; is the server running, and is this the address that "
+        f"MLFLOW_TRACKING_URI or execution.tracking_uri should name? ({why})"
+    )
 
 
 @contextmanager
@@ -79,10 +142,19 @@ def experiment_id(client: MlflowClient, name: str, home: Path) -> str:
 
     In a local database its artifacts go below `<home>/mlartifacts/`; a server decides for itself.
     """
+    found = find_experiment(client, name)
+    if found is not None:
+        return found
+    with talking_to(client):
+        return _create_experiment(client, name, home)
+
+
+def find_experiment(client: MlflowClient, name: str) -> str | None:
+    """The id of the experiment `name`, or None. Raises TrackingError where it was deleted."""
     with talking_to(client):
         experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            return _create_experiment(client, name, home)
+    if experiment is None:
+        return None
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"the MLflow experiment {name!r} at {shown_uri(client.tracking_uri)} was deleted; restore it "
@@ -117,11 +189,6 @@ def shown_uri(uri: str) -> str:
     return without_credentials(uri)
 
 
-def without_credentials(text: str) -> str:
-    """Any text with the user info and secret query values of the addresses in it taken out."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub("", text))
-
-
 def is_absent(error: MlflowException) -> bool:
     """Whether an error says that the thing asked for does not exist, rather than that asking failed."""
     return error.error_code in _ABSENT
@@ -138,10 +205,7 @@ def talking_to(where: MlflowClient | str) -> Iterator[None]:
         # a traceback prints the cause's own message: where that holds a password, it is left out
         cause = error if text == str(error) else None
         if text.startswith("API request to"):
-            raise TrackingError(
-                f"MLflow at {shown_uri(uri)} does not answer; is the server running, and is this the address "
-                f"that MLFLOW_TRACKING_URI or execution.tracking_uri should name? ({_innermost(text)})"
-            ) from cause
+            raise TrackingError(_no_answer(uri, _innermost(text))) from cause
         raise TrackingError(f"MLflow at {shown_uri(uri)} failed: {text}") from cause
 
 
@@ -151,9 +215,10 @@ def _innermost(text: str) -> str:
 
 
 @contextmanager
-def patient_http() -> Iterator[None]:
-    """Let single requests take minutes: a server answers an upload only when its object store has it."""
+def patient_http(num_bytes: int) -> Iterator[None]:
+    """Let single requests take as long as an upload may: a server answers when its object store has it all."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    seconds = min(UPLOAD_LONGEST_SECONDS, UPLOAD_SECONDS + num_bytes // UPLOAD_BYTES_PER_SECOND)
     with _environment_kept(name):
-        os.environ[name] = str(max(int(os.environ.get(name) or 0), UPLOAD_TIMEOUT_SECONDS))
+        os.environ[name] = str(max(int(os.environ.get(name) or 0), seconds))
         yield

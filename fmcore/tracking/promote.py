@@ -6,8 +6,9 @@ from mlflow import MlflowClient
 
 from fmcore.artifacts.lock import exclusive
 from fmcore.artifacts.types import RegisteredModel
+from fmcore.redaction import without_credentials
 from fmcore.tracking import names
-from fmcore.tracking.client import talking_to, without_credentials
+from fmcore.tracking.client import talking_to
 
 
 def promote(client: MlflowClient, model: RegisteredModel, reason: str, *, lock: Path) -> None:

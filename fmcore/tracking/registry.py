@@ -32,6 +32,7 @@ from fmcore.tracking.versions import (
     ref_of,
     registered_model,
     resolve,
+    version_numbered,
     version_with,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "list_models",
     "publish",
     "resolve",
+    "version_numbered",
 ]
 
 # MLflow refuses these in the name of a LoggedModel, though not in that of a registered model.
@@ -155,7 +157,7 @@ def _logged_model(client: MlflowClient, run: StageRun, name: str, folder: Path, 
     if model.status == LoggedModelStatus.READY:
         return str(model.model_id)
     try:
-        with patient_http():
+        with patient_http(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())):
             client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     except Exception:

@@ -17,6 +17,7 @@ import pytest
 
 from fmcore.errors import StrataError
 from fmcore.recipes.load import parse_recipe
+from tests.bad_inputs import BAD_INPUTS
 from tests.conftest import Home, Tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -226,6 +227,30 @@ def test_bad_data_fails_with_its_place_and_no_traceback(up: Up, tmp_path: Path) 
     assert not {"Traceback", "NoneType"} & set(log.replace(":", " ").split())
     assert up.mlflow_status(run.id) == {"pretrain plays": "FAILED"}
     assert not list((up.home / "artifacts" / "documents").glob("*.partial/documents*"))
+
+
+BAD = (
+    "invalid_utf8_line", "nul_bytes", "truncated_gzip", "gzip_bomb", "missing_field", "deep_json", "no_parquet",
+    "empty_glob",
+)  # fmt: skip
+
+
+def test_bad_inputs_of_every_kind_end_a_run_with_their_place(up: Up, tmp_path: Path) -> None:
+    asked = {}
+    for name in BAD:
+        path, format, words = BAD_INPUTS[name](tmp_path / name)
+        recipe = up.form("pretrain")
+        recipe["name"] = name.replace("_", "-")
+        recipe["register"]["model"] = ""
+        recipe["data"]["sources"][0] |= {"path": str(path), "format": format}
+        asked[name] = (up.ask("pretrain", recipe), words)
+    for name, (run, words) in asked.items():
+        ended = up.end(run)
+        assert ended.state.name == "Failed", name
+        assert words in ended.state.message, name
+        assert "Traceback" not in up.log(run), name
+    documents = up.home / "artifacts" / "documents"
+    assert not [found for name in BAD for found in documents.glob(f"{name.replace('_', '-')}-*/artifact.json")]
 
 
 def test_a_cancelled_lifecycle_is_resumed_by_retry_with_identical_weights(

@@ -6,13 +6,13 @@ import pytest
 from mlflow import MlflowClient
 
 from fmcore.errors import TrackingError
+from fmcore.redaction import without_credentials
 from fmcore.tracking.client import (
     connect,
     experiment_id,
     local_database,
     patient_http,
     shown_uri,
-    without_credentials,
 )
 
 
@@ -66,8 +66,12 @@ def test_patience_is_what_the_user_set_where_they_set_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "33")
     connect(f"sqlite:///{home / 'mlflow.db'}")
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "33"
-    with patient_http():
+    with patient_http(10_000_000):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "40"
+    with patient_http(10**12):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "600"
+    with patient_http(0):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "33"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "33"
 
 

@@ -80,7 +80,7 @@ def test_the_whole_life_of_two_models(
     run.log_counts({"train": {"plays": 3}})
     metrics, sent = tmp_path / "metrics.jsonl", tmp_path / "sent.json"
     metrics.write_text(row(1))
-    sender = MetricsUploader(server, run.run_id, metrics, sent, interval_seconds=0.1)
+    sender = MetricsUploader(lambda: upload_pending(client, run.run_id, metrics, sent), metrics, interval_seconds=0.1)
     metrics.write_text(row(1) + row(2))
     assert sender.close(30)
     sent.unlink()

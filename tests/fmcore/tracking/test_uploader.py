@@ -1,19 +1,20 @@
 import json
 import logging
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
-from fmcore.artifacts.files import read_json
+from fmcore.artifacts.files import read_json, write_json
 from fmcore.errors import TrackingError
 from fmcore.tracking import uploader
+from fmcore.tracking.client import connect
 from fmcore.tracking.runs import StageRun
-from fmcore.tracking.uploader import MetricsUploader, upload_pending
+from fmcore.tracking.uploader import MetricsUploader, upload_missing, upload_pending
 
 Row = Callable[..., str]
 StartRun = Callable[..., StageRun]
@@ -195,7 +196,7 @@ def test_the_thread_sends_while_training_runs_and_the_rest_at_the_end(
 ) -> None:
     run = start()
     write(metrics, row, 1, 2)
-    sender = MetricsUploader(client.tracking_uri, run.run_id, metrics, sent, interval_seconds=0.05)
+    sender = MetricsUploader(lambda: upload_pending(client, run.run_id, metrics, sent), metrics, interval_seconds=0.05)
     deadline = time.monotonic() + 20
     while steps(client, run) != [1, 2] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -206,67 +207,119 @@ def test_the_thread_sends_while_training_runs_and_the_rest_at_the_end(
 
 
 def test_a_dead_server_costs_training_nothing_and_is_told_once(
-    metrics: Path, sent: Path, row: Row, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    metrics: Path, row: Row, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploader, "MAX_BACKOFF_SECONDS", 0.01)
+    attempts: list[str] = []
+
+    def send() -> None:
+        attempts.append("")
+        connect("http://127.0.0.1:9")
+
     write(metrics, row, 1)
     with caplog.at_level(logging.WARNING, "fmcore"):
         began = time.monotonic()
-        sender = MetricsUploader("http://127.0.0.1:9", "0" * 32, metrics, sent, interval_seconds=0.01)
+        sender = MetricsUploader(send, metrics, interval_seconds=0.01)
         assert time.monotonic() - began < 0.5
-        time.sleep(1.0)  # time for many attempts
+        while len(attempts) < 5 and time.monotonic() - began < 20:
+            time.sleep(0.05)
         assert not sender.close(timeout_s=10)
-    told = [r.getMessage() for r in caplog.records]
+    assert len(attempts) >= 5
+    told = [r.getMessage() for r in caplog.records if r.name == "fmcore.tracking.uploader"]
     assert len(told) == 2, told
     assert "stay in" in told[0]
-    assert "registering its model" in told[1]
-    assert not sent.exists()
+    assert "`strata sync` sends them" in told[1]
 
 
-@pytest.fixture
-def hanging_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Accepts connections and never answers."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    for thread in threading.enumerate():
-        if thread.name == "metrics-uploader":
-            thread.join(10)
-
-
-def test_a_hanging_server_does_not_hold_up_the_end(hanging_server: str, metrics: Path, sent: Path, row: Row) -> None:
+def test_a_hanging_call_does_not_hold_up_the_end(metrics: Path, row: Row) -> None:
     write(metrics, row, 1)
-    sender = MetricsUploader(hanging_server, "0" * 32, metrics, sent, interval_seconds=0.01)
-    time.sleep(0.3)
+    answered = threading.Event()
+    sender = MetricsUploader(lambda: answered.wait(30), metrics, interval_seconds=0.01)
+    time.sleep(0.2)
     began = time.monotonic()
     assert not sender.close(timeout_s=0.5)
     assert time.monotonic() - began < 1.5
+    answered.set()
+
+
+def test_a_server_that_failed_last_is_not_asked_again_at_the_end(metrics: Path) -> None:
+    attempts: list[str] = []
+
+    def fail() -> None:
+        attempts.append("")
+        raise TrackingError("away")
+
+    sender = MetricsUploader(fail, metrics, interval_seconds=0.01)
+    while not attempts:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    before = len(attempts)
+    assert not sender.close(timeout_s=10)
+    time.sleep(0.1)
+    assert len(attempts) <= before + 1
 
 
 def test_a_server_that_comes_back_gets_everything(
-    client: MlflowClient,
-    start: StartRun,
-    metrics: Path,
-    sent: Path,
-    row: Row,
-    monkeypatch: pytest.MonkeyPatch,
+    client: MlflowClient, start: StartRun, metrics: Path, sent: Path, row: Row
 ) -> None:
     run = start()
     write(metrics, row, 1, 2)
     attempts: list[int] = []
 
-    def connect(uri: str) -> MlflowClient:
+    def send() -> None:
         attempts.append(1)
         if len(attempts) < 3:
             raise RuntimeError("500")
-        return client
+        upload_pending(client, run.run_id, metrics, sent)
 
-    monkeypatch.setattr(uploader, "connect", connect)
-    sender = MetricsUploader(client.tracking_uri, run.run_id, metrics, sent, interval_seconds=0.02)
+    sender = MetricsUploader(send, metrics, interval_seconds=0.02)
     deadline = time.monotonic() + 20
     while not sent.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert sender.close(timeout_s=20)
     assert steps(client, run) == [1, 2]
-    assert len(attempts) == 3
+
+
+def test_comparing_finds_what_a_note_of_what_was_sent_does_not(
+    client: MlflowClient, start: StartRun, metrics: Path, sent: Path, row: Row
+) -> None:
+    """A server restored from a backup: the note says that all was sent."""
+    first, run = start("1" * 64), start("2" * 64)
+    write(metrics, row, *range(1, 6))
+    upload_pending(client, first.run_id, metrics, sent)
+    write_json(sent, read_json(sent) | {"run_id": run.run_id})
+    client.log_batch(run.run_id, metrics=[Metric("train/loss", 4.98, 1_700_000_002_000, 2)])
+    assert upload_pending(client, run.run_id, metrics, sent) == 0
+    assert upload_missing(client, run.run_id, metrics, sent, dry_run=True) == (5, 5)
+    assert steps(client, run) == [2]
+    assert upload_missing(client, run.run_id, metrics, sent) == (5, 5)
+    assert steps(client, run) == steps(client, run, "train/lr") == [1, 2, 3, 4, 5]
+    assert upload_missing(client, run.run_id, metrics, sent) == (5, 0)
+    append(metrics, row(6))
+    assert upload_pending(client, run.run_id, metrics, sent) == 1
+
+
+def test_two_senders_send_nothing_twice(
+    client: MlflowClient, start: StartRun, metrics: Path, sent: Path, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    write(metrics, row, *range(1, 301))
+    batches: list[int] = []
+    log_batch = client.log_batch
+
+    def slow(run_id: str, metrics: list, synchronous: bool) -> None:
+        batches.append(len(metrics))
+        time.sleep(0.1)
+        log_batch(run_id, metrics=metrics, synchronous=synchronous)
+
+    monkeypatch.setattr(client, "log_batch", slow)
+    both = [
+        threading.Thread(target=upload_pending, args=(client, run.run_id, metrics, sent)),
+        threading.Thread(target=upload_missing, args=(client, run.run_id, metrics, sent)),
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(60)
+    assert sum(batches) == 300 * 7
+    assert steps(client, run) == list(range(1, 301))
