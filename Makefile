@@ -23,7 +23,9 @@ demo-fast: setup   ## the same on a quarter of it (about two minutes)
 test: setup        ## pip only, no root, minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup    ## what needs many processes, servers, minutes
+test-all: setup    ## what needs many processes, servers, minutes; names the tests it skips for what is missing
+	@command -v chromium >/dev/null || echo "no chromium: tests of the pages are skipped (apt-get install chromium)"
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || echo "no PostgreSQL: the compose test is skipped (apt-get install postgresql)"
 	$(BIN)/python -m pytest -m slow
 
 check: setup       ## style, types, import rules
@@ -36,7 +38,7 @@ bench: setup       ## speed, memory and compression, as published in benchmarks/
 	$(BIN)/python -P benchmarks/training_step.py --workloads tiny
 	$(BIN)/python -P benchmarks/compression.py
 
-up: setup          ## Prefect and MLflow pages of this home, on 127.0.0.1
+up: setup          ## Prefect and MLflow pages of this home, and the flows to be run from them, on 127.0.0.1
 	$(BIN)/strata up
 
 clean:

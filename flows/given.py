@@ -8,6 +8,7 @@ from prefect import runtime
 from prefect.states import State
 
 from fmcore.process.guard import end_with_parent
+from fmcore.recipes.fields import Block
 from fmcore.recipes.load import recipe_from_parameters
 from tasks.failing import failing_in_words
 
@@ -24,7 +25,7 @@ def from_recipe(kind: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], A
         @wraps(body)
         def call(recipe: Any) -> Any | State:
             end_with_parent()
-            return body(recipe_from_parameters(recipe, kind) if isinstance(recipe, Mapping) else recipe)
+            return body(recipe if isinstance(recipe, Block) else recipe_from_parameters(recipe, kind))
 
         return call
 

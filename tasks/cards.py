@@ -1,8 +1,13 @@
-"""What a person sees on the Prefect run page: stage card, table of data counts, progress."""
+"""What a person sees on the Prefect run page: stage card, table of data counts, progress.
 
-from typing import Any
+A courtesy: a Prefect server that is away leaves a gap on the page, and ends no training.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -11,7 +16,9 @@ from prefect.artifacts import (
 )
 
 from fmcore.artifacts.types import Documents, EvalReport, RegisteredModel
-from tasks.context import Stage
+from tasks.context import Stage, logger
+
+T = TypeVar("T")
 
 
 def show_counts(documents: Documents) -> None:
@@ -30,17 +37,29 @@ def show_counts(documents: Documents) -> None:
                 "reasons": ", ".join(f"{reason} {n}" for found in reasons.values() for reason, n in found.items()),
             }
         )
-    create_table_artifact(rows, key="data-counts", description="Read = train + held out + dropped + quarantined")
+    _show(
+        lambda: create_table_artifact(
+            rows, key="data-counts", description="Read = train + held out + dropped + quarantined"
+        )
+    )
 
 
-def start_progress() -> UUID:
-    """An empty progress bar; returns its id."""
-    return create_progress_artifact(0.0, key="training", description="Optimizer steps done, in percent")
+def start_progress() -> UUID | None:
+    """An empty progress bar; returns its id, None where Prefect is away."""
+    return _show(lambda: create_progress_artifact(0.0, key="training", description="Optimizer steps done, in percent"))
 
 
-def move_progress(artifact: UUID, percent: float) -> None:
-    """Move a progress bar."""
-    update_progress_artifact(artifact, min(100.0, percent))
+def move_progress(artifact: UUID | None, percent: float) -> bool:
+    """Move a progress bar; False where Prefect is away."""
+    return artifact is not None and _show(lambda: update_progress_artifact(artifact, min(100.0, percent))) is not None
+
+
+def _show(action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except httpx.HTTPError as error:
+        logger.warning("not shown on the run's page, for Prefect does not answer: %s", error)
+        return None
 
 
 def show_card(stage: Stage, model: RegisteredModel, report: EvalReport) -> None:
@@ -56,7 +75,7 @@ def show_card(stage: Stage, model: RegisteredModel, report: EvalReport) -> None:
         f"{stage.recipe.kind}, recipe `{stage.recipe.name}`, model `{model.short}`; {tracked}\n\n"
         f"{reasons}\n\n| metric | value | 95 % |\n|---|---|---|\n" + "\n".join(rows)
     )
-    create_markdown_artifact(markdown, key="stage-card", description="What this stage made")
+    _show(lambda: create_markdown_artifact(markdown, key="stage-card", description="What this stage made"))
 
 
 def headline_metrics(report: EvalReport) -> list[tuple[str, float, float, float]]:

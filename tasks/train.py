@@ -17,6 +17,7 @@ from tasks.context import Stage, current_stage, finished, logger, tell
 from tasks.failing import failing_in_words
 
 CARD_SECONDS = 3.0  # between two updates of the progress artifact
+AWAY_SECONDS = 60.0  # until a Prefect server that did not answer is asked again
 LOG_SECONDS = 15.0  # between two lines of progress in the run's log
 
 
@@ -51,8 +52,8 @@ def _watching(stage: Stage, metrics: Path, spec: TrainSpec) -> Iterator[Callable
         tell(progress)
         now = time.monotonic()
         if now - shown >= CARD_SECONDS:
-            move_progress(card, 100 * progress.step / progress.num_steps)
-            shown = now
+            is_shown = move_progress(card, 100 * progress.step / progress.num_steps)
+            shown = now if is_shown else now + AWAY_SECONDS
         if now - logged >= LOG_SECONDS:
             logger.info("%s", progress)
             logged = now

@@ -96,11 +96,13 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tup
         raise RecipeError(f"{where} is not a valid {kind} recipe:\n  {problems}") from error
 
 
-def recipe_from_parameters(data: Mapping[str, Any], kind: str) -> Recipe:
+def recipe_from_parameters(data: Any, kind: str) -> Recipe:
     """Validate what a form or an API call sent as the recipe of a flow, whose name is its kind.
 
     Raises RecipeError, also for relative paths: a server knows no recipe folder to read them from.
     """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"recipe: expected the fields of a {kind} recipe, given {data!r}")
     given = data.get("kind") or kind
     if given != kind:
         raise RecipeError(f"recipe: kind is {given!r}; this flow runs recipes of kind {kind}")
@@ -128,8 +130,8 @@ def _relative_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
 def _is_relative(key: str, path: str, block: Any) -> bool:
     if key == "parent":
         return path.startswith(".")
-    is_hub_name = isinstance(block, dict) and block.get("format") == "hf"
-    return key in PATH_FIELDS and bool(path) and not is_hub_name and "://" not in path and path[0] not in "/~"
+    hub = isinstance(block, dict) and block.get("format") == "hf" and is_hub_name(path)
+    return key in PATH_FIELDS and bool(path) and not hub and not is_url(path) and path[0] not in "/~"
 
 
 def _explain(error: Any, cls: type[BaseModel], lines: dict[tuple, int]) -> str:

@@ -1,14 +1,20 @@
 """The flows on a real Prefect server: run graph, state names, artifacts, and what MLflow keeps of them."""
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from fmcore.artifacts.types import EvalReport, RegisteredModel
-from fmcore.errors import TrainingError
+from fmcore.errors import RecipeError, TrainingError
+from fmcore.planning.resolve import resolve_stage
 from fmcore.process.launch import Child
+from fmcore.recipes.load import parse_recipe
 from fmcore.tracking import names, registry
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -18,6 +24,13 @@ Enter = Callable[[Any], Any]
 
 def run(flow: Any, recipe: Any) -> Any:
     return flow(recipe, return_state=True)
+
+
+def flow_run(state: Any) -> Any:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(state.state_details.flow_run_id)
 
 
 def task_runs(state: Any) -> dict[str, Any]:
@@ -194,3 +207,138 @@ def test_two_lifecycle_stages_share_nothing_but_their_parts(recipes: dict[str, A
     recipe = recipes["lifecycle"]
     assert recipe.finetune_recipe(parent="life/1").seed == recipe.pretrain_recipe().seed
     assert Path(recipe.pretrain_recipe().data.sources[0].path).is_file()
+
+
+def test_what_a_form_sends_runs_and_needs_no_kind(fresh_home: Any, in_home: Enter, recipes: dict[str, Any]) -> None:
+    from flows.pretrain import pretrain
+
+    home = in_home(fresh_home)
+    sent = recipes["pretrain"].model_dump(mode="json")
+    del sent["kind"]
+    state = run(pretrain, sent)
+    assert state.result() == home.store.get(state.result().fingerprint, RegisteredModel)
+    assert flow_run(state).name == "pretrain plays"
+    [tracked] = home.client.search_runs(["1"], "attributes.status = 'FINISHED'")
+    assert tracked.data.tags[names.FLOW_RUN] == str(state.state_details.flow_run_id)
+
+
+@pytest.mark.parametrize("change", [{"train": {"tokens": 1, "epochs": 1}}, {"data": {"sources": 3}}, {"nmae": "a"}])
+def test_what_is_wrong_in_a_form_is_said_as_on_the_command_line(
+    fresh_home: Any, in_home: Enter, tiny: Any, corpora: dict[str, Path], change: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    from flows.pretrain import pretrain
+
+    in_home(fresh_home)
+    sent = tiny.pretrain(corpora["old"], **change)
+    with pytest.raises(RecipeError) as told:
+        parse_recipe(sent)
+    state = run(pretrain, sent)
+    assert (state.name, state.message) == ("Failed", str(told.value))
+    assert flow_run(state).name == "pretrain plays"
+    with pytest.raises(RecipeError, match="recipe is not a valid pretrain recipe"):
+        pretrain(sent)
+    assert not any(record.exc_info for record in caplog.records)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("sent", [{}, {"name": ""}, "a string", None, 3])
+def test_a_flow_run_has_a_name_whatever_is_sent(fresh_home: Any, in_home: Enter, sent: Any) -> None:
+    from flows.finetune import finetune
+
+    in_home(fresh_home)
+    state = run(finetune, sent)
+    assert state.name == "Failed"
+    assert flow_run(state).name == "finetune without a name"
+    assert state.message.startswith("recipe")
+
+
+def test_a_failing_task_says_why_without_a_traceback(
+    fresh_home: Any, in_home: Enter, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows.pretrain import pretrain
+
+    home = in_home(fresh_home)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": \n')
+    state = run(pretrain, tiny.pretrain(bad))
+    assert state.name == "Failed"
+    assert f"{bad}:2" in state.message
+    assert task_runs(state)["prepare"].state.message == state.message
+    assert not any(record.exc_info for record in caplog.records)
+    assert f"{bad}:2" in caplog.text
+    assert [r.info.status for r in home.client.search_runs(["1"])] == ["FAILED"]
+
+
+def test_two_runs_on_one_model_wait_for_each_other(
+    fresh_home: Any, in_home: Enter, recipes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows.running import running_stage
+    from fmcore.artifacts.lock import exclusive
+
+    home = in_home(fresh_home)
+    entered = threading.Event()
+
+    def enter() -> None:
+        with running_stage(recipes["pretrain"]):
+            entered.set()
+
+    waiting = threading.Thread(target=enter)
+    with exclusive(home.path / "locks" / "model-plays"):
+        waiting.start()
+        assert not entered.wait(1.5)
+    assert entered.wait(240)
+    waiting.join(240)
+    assert f"waiting for process {os.getpid()}" in caplog.text
+    assert "which works on plays" in caplog.text
+
+
+def test_what_a_dead_flow_run_left_running_has_failed(fresh_home: Any, in_home: Enter, recipes: dict[str, Any]) -> None:
+    """The hook, called with the names that Prefect calls it with."""
+    from flows.running import end_tracking
+
+    home = in_home(fresh_home)
+    client = home.client
+    experiment = client.create_experiment("strata")
+    mine = client.create_run(experiment, tags={names.FLOW_RUN: "abc"})
+    other = client.create_run(experiment, tags={names.FLOW_RUN: "def"})
+    dead = SimpleNamespace(id="abc", parameters={"recipe": recipes["pretrain"].model_dump(mode="json")})
+    end_tracking(flow=None, flow_run=dead, state=None)
+    status = [client.get_run(found.info.run_id).info.status for found in (mine, other)]
+    assert status == ["FAILED", "RUNNING"]
+
+
+def test_a_finished_recipe_that_a_server_starts_again_looks_for_a_new_champion(
+    based: Any, in_home: Enter, recipes: dict[str, Any]
+) -> None:
+    """On the command line the same recipe again is the same result; on a schedule, the next one."""
+    home = in_home(based)
+    sent = recipes["lifecycle"].continue_recipe(parent="plays@champion")
+    made = home.run(sent.model_dump(mode="json"))
+    assert made.verdict == "PROMOTE"
+    again = resolve_stage(sent, home.workspace, home.store)
+    assert again.steps.model.fingerprint == made.fingerprint
+    anew = resolve_stage(sent, home.workspace, home.store, anew=True)
+    assert anew.parent is not None
+    assert anew.parent.fingerprint == made.fingerprint
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(
+    fresh_home: Any, in_home: Enter, recipes: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    import httpx
+
+    from flows.pretrain import pretrain
+    from tasks import cards
+
+    def away(*given: Any, **named: Any) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    for name in ("markdown", "progress", "table"):
+        monkeypatch.setattr(cards, f"create_{name}_artifact", away)
+    in_home(fresh_home)
+    assert run(pretrain, recipes["pretrain"]).name == "Completed"
+    assert caplog.text.count("for Prefect does not answer") == 3
+    monkeypatch.setattr(cards, "update_progress_artifact", away)
+    assert not cards.move_progress(uuid4(), 3.0)
