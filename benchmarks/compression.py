@@ -30,6 +30,7 @@ def main() -> None:
     if base is None:
         sys.exit("no model docs/1 in this home: run `make demo` first")
     documents = documents_of(store, base)
+    assert documents is not None  # it was pretrained here
     report = store.get(base.parents["report"], EvalReport)
     metrics, scored = report.metrics, set(read_scores(report.path)[SOURCE].ids)
     heldout = joined(documents.path / "heldout" / f"{SOURCE}.parquet", scored)

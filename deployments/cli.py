@@ -1,35 +1,64 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by the gate, 75 to be resumed.
 
-Modules that take seconds to import (Prefect, MLflow, torch) are imported by the command that needs them.
+Here stand the commands alone; what each does is in a module of its own, imported when it is called, so that
+`--help` and the shell's completion answer at once.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fmcore.artifacts.store import RECORD, Store
-from fmcore.errors import IntegrityError, Interrupted, StrataError
-from fmcore.recipes.load import load_recipe
-from fmcore.workspace import Workspace
+from deployments.completion import complete_model, complete_recipe
+from fmcore.errors import Interrupted, StrataError, UserInputError
 
+if TYPE_CHECKING:
+    from fmcore.recipes.stages import Recipe
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 failed, 2 bad input, recipe or data (one message), 3 the gate held or refused the version, "
+    "75 interrupted and to be resumed with the same command."
+)
 app = typer.Typer(
     help="Raw data to a registered foundation model, and onward: pretrain, fine-tune, continuous pre-training.",
-    no_args_is_help=True, pretty_exceptions_enable=False,
+    epilog=EXIT_CODES, no_args_is_help=True, pretty_exceptions_enable=False,
 )  # fmt: skip
 console = Console()
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="The recipe, a YAML file.", show_default=False, autocompletion=complete_recipe)
+]
 Rehash = Annotated[bool, typer.Option("--rehash", help="Read every source anew; mistrust sizes and dates.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Set a recipe field, as in train.lr=1e-3."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 ModelName = Annotated[
-    str, typer.Argument(help="name@alias, name/version, or a name (its champion).", show_default=False)
+    str,
+    typer.Argument(
+        help="name@alias, name/version, or a name (its champion).", show_default=False, autocompletion=complete_model
+    ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(f"strata {version('strata')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def strata(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Raw data to a registered foundation model, and onward: pretrain, fine-tune, continuous pre-training."""
 
 
 @app.command()
@@ -48,25 +77,51 @@ def run(
     """
     from deployments.running import run_recipe
 
-    _mistrust_digests(rehash)
-    raise typer.Exit(run_recipe(load_recipe(recipe, set_ or []), console, fresh=fresh).code)
+    raise typer.Exit(run_recipe(_load(recipe, set_, rehash), console, fresh=fresh).code)
 
 
 @app.command()
-def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False) -> None:
+def init(
+    kind: Annotated[str, typer.Argument(help="pretrain, finetune or continue-pretrain.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="PATH", help="A file, folder or glob; may be given again.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write it; by default after the data.")
+    ] = None,
+    parent: Annotated[
+        str, typer.Option("--parent", metavar="MODEL", help="The model to start from; by default the home's only base.")
+    ] = "",
+    name: Annotated[str, typer.Option("--name", help="Name of the recipe; by default after the data.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Look at data, write a short commented recipe for it, and print its plan.
+
+    Example: strata init pretrain --data corpus/ --name plays
+    """
+    from deployments.init import init_recipe
+
+    init_recipe(kind, data, console, out=out, parent=parent, name=name, force=force)
+
+
+@app.command()
+def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False, json: AsJson = False) -> None:
     """Say for each step of a recipe whether it is done, why not, and what the training will cost.
 
     Example: strata plan recipes/plays.yaml --set train.tokens=4_000_000
     """
     from deployments.planning import print_plan
 
-    _mistrust_digests(rehash)
-    print_plan(load_recipe(recipe, set_ or []), console)
+    print_plan(_load(recipe, set_, rehash), console, as_json=json)
 
 
 @app.command("list")
 def list_models() -> None:
-    """List every registered version with its verdict, aliases and parent."""
+    """List every registered version with its verdict, aliases and parent.
+
+    Example: strata list
+    """
     from deployments.models import print_models
 
     print_models(console)
@@ -74,12 +129,36 @@ def list_models() -> None:
 
 @app.command()
 def lineage(
-    model: ModelName, json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False
-) -> None:
-    """Print where a model came from, down to the source files and their digests.
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="name@alias, name/version, or a name (its champion).", show_default=False,
+            autocompletion=complete_model,
+        ),
+    ] = "",
+    document: Annotated[
+        str, typer.Option("--document", metavar="PATH", help="A file or folder: whose weights have seen what it holds?")
+    ] = "",
+    text: Annotated[str, typer.Option("--text", help="The same of a literal text, as one document.")] = "",
+    json: AsJson = False,
+) -> None:  # fmt: skip
+    """Print where a model came from, down to the source files and their digests; or who has seen a document.
 
     Example: strata lineage plays@champion
+
+    Example: strata lineage --document mails/2024-03-01.txt
     """
+    if document or text:
+        from deployments.witnesses import print_witnesses
+
+        if document and text:
+            raise UserInputError("--document and --text: give one of the two")
+        print_witnesses(document, text, model, console, as_json=json)
+        return
+    if not model:
+        raise UserInputError(
+            "lineage: give a model (name@alias, name/version or a name), --document PATH or --text TEXT"
+        )
     from deployments.models import print_lineage
 
     print_lineage(model, console, as_json=json)
@@ -112,7 +191,10 @@ def evaluate(
     documents: Annotated[int, typer.Option(help="Held-out documents per set.", min=10)] = 500,
     examples: Annotated[int, typer.Option(help="Held-out records per task.", min=10)] = 1000,
 ) -> None:
-    """Score a registered model on its own held-out sets and those of its ancestors."""
+    """Score a registered model on its own held-out sets and those of its ancestors.
+
+    Example: strata evaluate plays/2 --documents 1000
+    """
     from deployments.models import print_evaluation
 
     print_evaluation(model, console, documents=documents, examples=examples)
@@ -140,20 +222,35 @@ def promote(
 def verify(
     path: Annotated[Path | None, typer.Argument(help="An artifact's folder; all of the home's without it.")] = None,
 ) -> None:
-    """Read every byte of an artifact, or of all, and compare it with what was recorded."""
-    workspace = Workspace.current()
-    store = Store(workspace.home, rehash=True)
-    folders = [path] if path else sorted(p.parent for p in store.root.glob(f"*/*/{RECORD}"))
-    damaged = 0
-    for folder in folders:
-        problems = list(store.problems(folder)) if (folder / RECORD).is_file() else [f"{folder} has no {RECORD}"]
-        damaged += bool(problems)
-        console.print(f"{folder.name}: {'intact' if not problems else 'DAMAGED'}", highlight=False)
-        for problem in problems:
-            console.print(f"  {problem}", highlight=False, soft_wrap=True)
-    if damaged:
-        raise IntegrityError(f"{damaged} of {len(folders)} artifacts are damaged")
-    console.print(f"{len(folders)} artifacts, every file matches its sha256")
+    """Read every byte of an artifact, or of all, and compare it with what was recorded.
+
+    Example: strata verify
+    """
+    from deployments.verifying import verify_artifacts
+
+    verify_artifacts(path, console)
+
+
+RecipeFiles = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Recipes that fill in the forms of their kinds; else the examples do.", show_default=False),
+]
+CronLine = Annotated[str, typer.Option(help="When the schedule `nightly` of continue-pretrain fires, in UTC.")]
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+) -> None:
+    """Remove what no registered version and no unfinished run reaches, and say how much that was.
+
+    Kept are all versions in the registry, refused ones too, with their whole lineage, so that replay finds its data.
+
+    Example: strata gc --dry-run
+    """
+    from deployments.cleaning import collect_garbage
+
+    collect_garbage(console, dry_run=dry_run)
 
 
 @app.command()
@@ -174,37 +271,53 @@ def sync(
 
 @app.command()
 def up(
+    recipes: RecipeFiles = None,
     port: Annotated[int, typer.Option(help="Prefect's port; MLflow takes the next.", min=1024, max=65534)] = 4200,
+    cron: CronLine = "0 3 * * *",
 ) -> None:
-    """Serve the Prefect and MLflow pages of this home on 127.0.0.1, in the foreground."""
+    """Serve the Prefect and MLflow pages of this home, and the flows as deployments, on 127.0.0.1.
+
+    Example: strata up recipes/plays.yaml recipes/weekly.yaml --cron "30 2 * * *"
+    """
     from deployments.up import serve
 
-    serve(port, console)
+    serve(recipes or [], port, cron, console)
 
 
-def _mistrust_digests(rehash: bool) -> None:
+@app.command()
+def deploy(
+    recipes: RecipeFiles = None,
+    pool: Annotated[str, typer.Option(help="A work pool of type process; made where it is missing.")] = "strata",
+    cron: CronLine = "0 3 * * *",
+) -> None:
+    """Register the flows at a work pool of the Prefect server that PREFECT_API_URL names.
+
+    Example: PREFECT_API_URL=http://prefect:4200/api strata deploy recipes/plays.yaml --pool strata
+    """
+    from deployments.deploy import deploy as register
+
+    register(recipes or [], pool, cron, console)
+
+
+def _load(path: Path, overrides: list[str] | None, rehash: bool) -> "Recipe":
+    from fmcore.recipes.load import load_recipe
+    from fmcore.workspace import Workspace
+
     if rehash:
         Workspace.current().digests.unlink(missing_ok=True)
+    return load_recipe(path, overrides or [])
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one message, never a traceback."""
+    """Run the command line; what goes wrong is one message, and a traceback only where STRATA_DEBUG=1 asks for it."""
     try:
-        app()
-    except StrataError as error:
-        sys.exit(report_error(error))
+        app(prog_name="strata")
     except KeyboardInterrupt:
         sys.exit(Interrupted.exit_code)
+    except Exception as error:
+        from deployments.failures import report_error, report_unexpected
 
-
-def report_error(error: StrataError) -> int:
-    """Print an error for people; returns its exit code."""
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-    return error.exit_code
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+        sys.exit(report_error(error) if isinstance(error, StrataError) else report_unexpected(error))
 
 
 if __name__ == "__main__":

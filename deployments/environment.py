@@ -2,8 +2,10 @@
 
 import json
 import os
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fmcore.redaction import redact_logs
 from fmcore.workspace import Workspace
@@ -27,18 +29,22 @@ def prepare_environment(workspace: Workspace) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if "PREFECT_API_URL" not in os.environ and (address := living_server(workspace)):
-        defaults["PREFECT_API_URL"] = address
+    if "PREFECT_API_URL" not in os.environ and (up := living_up(workspace)):
+        defaults |= {"PREFECT_API_URL": up["prefect_api_url"], "MLFLOW_TRACKING_URI": up["mlflow_url"]}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
-def living_server(workspace: Workspace) -> str | None:
-    """The Prefect API of a `strata up` that serves this home, if its process still lives."""
+def living_up(workspace: Workspace) -> dict[str, Any] | None:
+    """What `strata up` wrote of itself and its servers, if it serves this home now.
+
+    A number that kill -9 left behind may be another process's by now: the server has to answer, too.
+    """
     with suppress(OSError, ValueError, KeyError):
-        up = json.loads((workspace.home / UP_FILE).read_text())
+        up: dict[str, Any] = json.loads((workspace.home / UP_FILE).read_text())
         os.kill(up["pid"], 0)
-        return str(up["prefect_api_url"])
+        with urllib.request.urlopen(f"{up['prefect_api_url']}/health", timeout=10):  # noqa: S310  (our own)
+            return up
     return None
 
 

@@ -1,6 +1,7 @@
 """What the command line does with registered models: list, lineage, generate, evaluate, promote."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -12,11 +13,12 @@ from fmcore.artifacts.ancestry import checkpoint_of, documents_of, shards_of
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.errors import UserInputError
+from fmcore.model.weights import final_weights
 from fmcore.recipes.fields import Evaluation, Execution
 from fmcore.workspace import Workspace
 
 
-def _open() -> tuple[Workspace, Store, Any]:
+def open_home() -> tuple[Workspace, Store, Any]:
     """Home, store and a connection to its registry."""
     workspace = Workspace.current()
     prepare_environment(workspace)
@@ -33,7 +35,7 @@ def _find(store: Store, client: Any, reference: str) -> RegisteredModel:
 
 def print_models(console: Console) -> None:
     """A table of every version."""
-    _, _, client = _open()
+    _, _, client = open_home()
     from fmcore.tracking.registry import list_models
 
     rows = list_models(client)
@@ -53,7 +55,7 @@ def print_models(console: Console) -> None:
 
 def print_lineage(reference: str, console: Console, *, as_json: bool) -> None:
     """The tree from a version down to its source files, and what was made from it."""
-    _, _, client = _open()
+    _, store, client = open_home()
     from fmcore.tracking.lineage import as_rich, children, lineage_tree
     from fmcore.tracking.registry import resolve
 
@@ -64,42 +66,61 @@ def print_lineage(reference: str, console: Console, *, as_json: bool) -> None:
         console.print_json(json.dumps({**tree, "children": made}))
         return
     console.print(as_rich(tree))
+    for line in _folders(store, ref.fingerprint):
+        console.print(line, highlight=False, soft_wrap=True)
     if made:
         console.print(f"made from it: {', '.join(made)}", highlight=False)
+
+
+def _folders(store: Store, fingerprint: str) -> Iterator[str]:
+    """Where the weights lie in this home, for transformers and peft; nothing where another home has them."""
+    model = store.find_fingerprint(fingerprint, RegisteredModel)
+    if model is None:
+        return
+    weights = final_weights(store, checkpoint_of(store, model))
+    yield f"{'base' if weights.adapters else 'model'} folder: {weights.folder}"
+    for adapter in weights.adapters:
+        yield f"adapter folder: {adapter}"
 
 
 def print_generated(
     reference: str, prompt: str, console: Console, *, tokens: int, temperature: float, top_p: float, seed: int
 ) -> None:
     """The generated text alone, so that it can be piped."""
-    _, store, client = _open()
+    _, store, client = open_home()
     model = _find(store, client, reference)
     checkpoint, shards = checkpoint_of(store, model), shards_of(store, model)
+    weights = final_weights(store, checkpoint)
     from transformers.utils import logging as transformers_logging
 
     from fmcore.model.build import open_model
     from fmcore.model.generate import generate_text
-    from fmcore.model.weights import final_weights
-    from fmcore.tokens.bpe import load_tokenizer
+    from fmcore.tokens.bpe import brings_chat_template, load_tokenizer
 
+    chat = shards.form == "records" if shards else brings_chat_template(checkpoint.final)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     text = generate_text(
-        open_model(final_weights(store, checkpoint)).eval(), load_tokenizer(store.check(shards).tokenizer_path), prompt,
-        chat=shards.form == "records", max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+        open_model(weights).eval(), load_tokenizer(checkpoint.final), prompt, chat=chat, max_new_tokens=tokens,
+        temperature=temperature, top_p=top_p, seed=seed,
     )  # fmt: skip
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_evaluation(reference: str, console: Console, *, documents: int, examples: int) -> None:
     """Every metric that has an interval."""
-    _, store, client = _open()
+    _, store, client = open_home()
     from fmcore.evaluation.evaluate import evaluate_model
 
     model = _find(store, client, reference)
-    above = model.parents.get("parent")
+    above, held_out = model.parents.get("parent"), documents_of(store, model)
+    if held_out is None:
+        raise UserInputError(
+            f"{model.uri} was imported and brought no held-out sets to score it on; fine-tune or continue it, and the "
+            f"report of what comes out scores both"
+        )
     report = evaluate_model(
-        model, documents_of(store, model), store.get(above, RegisteredModel) if above else None,
+        model, held_out, store.get(above, RegisteredModel) if above else None,
         Evaluation(max_documents=documents, max_examples=examples), Execution(), store,
         on_line=lambda line: console.print(line, style="dim", highlight=False),
     )  # fmt: skip
@@ -112,7 +133,7 @@ def print_evaluation(reference: str, console: Console, *, documents: int, exampl
 
 def promote_model(reference: str, console: Console, *, accept_regression: bool, reason: str) -> None:
     """Move the champion alias by a person's decision."""
-    _, store, client = _open()
+    _, store, client = open_home()
     from fmcore.tracking.promote import promote
 
     if not accept_regression or not reason.strip():

@@ -1,4 +1,9 @@
-"""`strata plan`: the steps of a recipe and what is to be done, as a table."""
+"""`strata plan`: the steps of a recipe, what is to be done, and what that takes; as tables or as JSON."""
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -6,62 +11,168 @@ from rich.table import Table
 from deployments.environment import prepare_environment
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import RegisteredModel
+from fmcore.planning.explain import Cost, PlannedStep, estimate_cost, has_nothing_new, plan_steps, resume_note
+from fmcore.planning.shape import Shape, parent_shape, shape_of
 from fmcore.planning.steps import ParentRef, StageSteps, stage_steps
 from fmcore.recipes.stages import LifecycleRecipe, Recipe, StageRecipe
 from fmcore.workspace import Workspace
 
 
-def print_plan(recipe: Recipe, console: Console) -> None:
-    """One table per stage; builds nothing and starts nothing."""
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. parent: `name/version` where it exists; cost: of the training, None where it is done already."""
+
+    recipe: StageRecipe
+    parent: str
+    steps: list[PlannedStep]
+    nothing_new: bool
+    cost: Cost | None
+    resumes: str
+
+
+def print_plan(recipe: Recipe, console: Console, *, as_json: bool = False) -> None:
+    """One table per stage, and totals where there are several; builds nothing and starts nothing."""
+    stages = plan_recipe(recipe)
+    if as_json:
+        console.print_json(json.dumps({"stages": [_as_json(stage) for stage in stages], **_totals(stages)}))
+        return
+    for stage in stages:
+        _print_stage(stage, console)
+    if len(stages) > 1:
+        total = _totals(stages)
+        console.print(
+            f"in all: {total['tokens']:,} tokens, {total['flops']:.2e} FLOPs, about {_clock(total['seconds'])}, "
+            f"memory up to {shown_bytes(total['memory_bytes'])}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def plan_recipe(recipe: Recipe) -> list[StagePlan]:
+    """The stages of a recipe in this home. Raises what resolving a recipe raises."""
     workspace = Workspace.current()
     prepare_environment(workspace)
     store = Store(workspace.home)
     if isinstance(recipe, LifecycleRecipe):
-        _print_lifecycle(recipe, store, console)
-    else:
-        _print_stage(recipe, workspace, store, console)
-
-
-def _print_stage(recipe: StageRecipe, workspace: Workspace, store: Store, console: Console) -> None:
+        return _plan_lifecycle(recipe, store)
     from fmcore.planning.resolve import resolve_stage
 
     resolved = resolve_stage(recipe, workspace, store)
-    _print_steps(recipe, resolved.steps, resolved.parent, store, console)
+    above = parent_shape(resolved.outside.folder if resolved.outside else None, resolved.parent, store)
+    return [_plan_stage(resolved.recipe, resolved.steps, resolved.parent, above, store)]
 
 
-def _print_lifecycle(recipe: LifecycleRecipe, store: Store, console: Console) -> None:
-    """Stages whose parent does not exist yet are planned on the fingerprint it will have."""
+def _plan_lifecycle(recipe: LifecycleRecipe, store: Store) -> list[StagePlan]:
+    """Stages whose parent does not exist yet are planned on the fingerprint and the shape it will have."""
+    plans: list[StagePlan] = []
 
-    def show(stage: StageRecipe, parent: ParentRef | None) -> StageSteps:
+    def add(stage: StageRecipe, parent: ParentRef | None, shape: Shape | None) -> tuple[ParentRef, Shape | None]:
         steps = stage_steps(stage, parent, store.digests)
         found = store.find_fingerprint(parent.fingerprint, RegisteredModel) if parent else None
-        _print_steps(stage, steps, found, store, console)
-        return steps
+        plans.append(_plan_stage(stage, steps, found, shape, store))
+        return steps.made, shape_of(stage, shape)
 
-    base = show(recipe.pretrain_recipe(), None).made
-    show(recipe.finetune_recipe(parent=base.model), base)
-    newer = show(recipe.continue_recipe(parent=base.model), base).made
-    show(recipe.finetune_recipe(parent=newer.model), newer)
+    base, shape = add(recipe.pretrain_recipe(), None, None)
+    add(recipe.finetune_recipe(parent=base.model), base, shape)
+    newer, shape = add(recipe.continue_recipe(parent=base.model), base, shape)
+    add(recipe.finetune_recipe(parent=newer.model), newer, shape)
+    return plans
 
 
-def _print_steps(
-    recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, store: Store, console: Console
-) -> None:
-    from fmcore.planning.explain import estimate_cost, plan_steps, resume_note
-
-    on = f" on {parent.uri}" if parent else ""
-    table = Table("step", "artifact", "", "because", title=f"{recipe.kind} {recipe.name}{on}", title_justify="left")
+def _plan_stage(
+    recipe: StageRecipe, steps: StageSteps, parent: RegisteredModel | None, above: Shape | None, store: Store
+) -> StagePlan:
     planned = plan_steps(steps, store)
-    for item in planned:
+    trained = next(item.done for item in planned if item.task == "train")
+    nothing_new = has_nothing_new(steps, store)
+    cost = None if trained or nothing_new else estimate_cost(recipe, steps, above, store)
+    return StagePlan(
+        recipe, parent.uri if parent else "", planned, nothing_new, cost, resume_note(steps, store) if cost else ""
+    )
+
+
+def _print_stage(stage: StagePlan, console: Console) -> None:
+    recipe = stage.recipe
+    on = f" on {stage.parent}" if stage.parent else ""
+    table = Table("step", "artifact", "", "because", title=f"{recipe.kind} {recipe.name}{on}", title_justify="left")
+    for item in stage.steps:
         name = f"{item.step.name}-{item.step.fingerprint[:8]}"
         table.add_row(item.task, name, "[green]hit[/]" if item.done else "[yellow]miss[/]", item.because)
     console.print(table)
-    if not planned[2].done:
-        cost = estimate_cost(recipe, steps, parent, store)
-        minutes, seconds = divmod(round(cost.seconds), 60)
-        parameters = f"{cost.parameters:,} parameters, " if cost.parameters else ""
-        console.print(
-            f"train: {cost.tokens:,} tokens, {cost.epochs:.2f} epochs, {parameters}{cost.flops:.2e} FLOPs, "
-            f"about {minutes}:{seconds:02d} ({cost.basis}) {resume_note(steps, store)}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    for line in _notes(stage):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _notes(stage: StagePlan) -> list[str]:
+    if stage.nothing_new:
+        return ["nothing new: the parent's weights have seen every document of the sources"]
+    cost = stage.cost
+    if cost is None:
+        return []
+    tokens = f"train: {cost.tokens:,} tokens, {cost.epochs:.2f} epochs"
+    if cost.memory is None:
+        return [f"{tokens} ({cost.basis})"]
+    grace = stage.recipe.execution.grace_s
+    clock = _clock(cost.seconds)
+    late = (
+        f"a step and a save are foretold to take {cost.stop_seconds:.0f} s, more than execution.grace_s ({grace:g}): "
+        f"a run that is stopped goes on from its last save; raise grace_s, or make batches smaller"
+    )
+    return [
+        f"{tokens}, {cost.parameters:,} parameters, {cost.flops:.2e} FLOPs, about {clock} ({cost.basis})",
+        f"memory: about {shown_bytes(cost.memory.peak)} ({_parts(cost)})",
+        *([f"{stage.resumes}"] if stage.resumes else []),
+        *([late] if cost.stop_seconds > grace else []),
+    ]
+
+
+def _parts(cost: Cost) -> str:
+    assert cost.memory is not None
+    parts = {
+        "torch itself": cost.memory.base,
+        "weights, gradients and moments": cost.memory.weights + cost.memory.gradients + cost.memory.moments,
+        "copies of them": cost.memory.copies,
+        "activations": cost.memory.activations,
+        "logits": cost.memory.logits,
+    }
+    return ", ".join(f"{name} {shown_bytes(value)}" for name, value in parts.items())
+
+
+def shown_bytes(value: float) -> str:
+    """A number of bytes for people."""
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def _clock(seconds: float) -> str:
+    """minutes:seconds, and what that is in hours where it is many."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 100 else str(timedelta(seconds=round(seconds)))
+
+
+def _totals(stages: list[StagePlan]) -> dict[str, Any]:
+    costs = [stage.cost for stage in stages if stage.cost]
+    return {
+        "tokens": sum(cost.tokens for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+        "seconds": sum(cost.seconds for cost in costs),
+        "memory_bytes": max((cost.memory.peak for cost in costs if cost.memory), default=0.0),
+    }
+
+
+def _as_json(stage: StagePlan) -> dict[str, Any]:
+    cost = stage.cost
+    train = cost and {
+        "tokens": cost.tokens, "epochs": cost.epochs, "parameters": cost.parameters, "flops": cost.flops,
+        "seconds": cost.seconds, "steps": cost.num_steps, "stop_seconds": cost.stop_seconds,
+        "memory_bytes": cost.memory.peak if cost.memory else 0.0, "basis": cost.basis, "resumes": stage.resumes,
+    }  # fmt: skip
+    return {
+        "kind": stage.recipe.kind, "name": stage.recipe.name, "parent": stage.parent,
+        "steps": [
+            {
+                "task": item.task, "artifact": f"{item.step.name}-{item.step.fingerprint[:8]}",
+                "fingerprint": item.step.fingerprint, "hit": item.done, "because": item.because,
+            }
+            for item in stage.steps
+        ],
+        "nothing_new": stage.nothing_new, "train": train,
+    }  # fmt: skip

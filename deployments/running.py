@@ -98,11 +98,15 @@ def finished_models(recipe: Recipe, workspace: Workspace, store: Store) -> list[
 
 
 def _finished(recipe: StageRecipe, workspace: Workspace, store: Store) -> list[RegisteredModel] | None:
+    from fmcore.model.outside import NotDownloadedError
     from fmcore.planning.resolve import resolve_stage, tracking_uri
     from fmcore.tracking.client import connect
     from fmcore.tracking.register import find_registered
 
-    steps = resolve_stage(recipe, workspace, store).steps
+    try:
+        steps = resolve_stage(recipe, workspace, store).steps
+    except NotDownloadedError:
+        return None
     documents = store.find(steps.documents, Documents)
     if documents is not None and documents.num_train == 0 and documents.parents:
         return []

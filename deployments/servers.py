@@ -53,15 +53,36 @@ def wait_until_ready(url: str, server: subprocess.Popen, log: Path) -> None:
     raise StrataError(f"the server behind {url} did not start; its log is {log}")
 
 
-def stop_server(server: subprocess.Popen) -> None:
-    """Ask a server and its children to end, then end them."""
-    if server.poll() is None:
+def stop_server(server: subprocess.Popen, *, seconds: float = STOP_SECONDS, with_children: bool = True) -> None:
+    """Ask a server to end, then end it and its children.
+
+    with_children: ask those as well. A second Ctrl-C, or SIGTERM, ends the waiting.
+    """
+    if server.poll() is not None:
+        return
+    if with_children:
         os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    else:
+        server.send_signal(signal.SIGTERM)
+    try:
+        server.wait(seconds)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def mlflow_command(port: int, workspace: Workspace) -> list[str]:
+    """An MLflow server on the home's own database."""
+    return [
+        sys.executable, "-P", "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", workspace.own_tracking_uri,
+        "--default-artifact-root", (workspace.home / "mlartifacts").as_uri(),
+    ]  # fmt: skip
+
+
+def mlflow_environment() -> dict[str, str]:
+    """Its environment: its job runner would start nine processes that nothing here uses."""
+    return {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def is_taken(port: int) -> bool:

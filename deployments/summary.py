@@ -30,6 +30,7 @@ def stage_table(models: Iterable[RegisteredModel], store: Store) -> Table:
 
 def _row(model: RegisteredModel, store: Store) -> list[str]:
     documents, checkpoint = documents_of(store, model), checkpoint_of(store, model)
+    assert documents is not None  # what a stage has made, unlike what is imported, has them
     metrics = store.get(model.parents["report"], EvalReport).metrics
     minutes, seconds = divmod(round(checkpoint.train_seconds), 60)
     stage = STAGE_LABELS.get(model.stage, model.stage)

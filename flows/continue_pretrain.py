@@ -3,12 +3,15 @@
 from prefect import flow
 from prefect.states import Completed, State
 
+from flows.given import from_recipe, run_name
+from flows.running import end_tracking
 from flows.stage import run_stage
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.recipes.stages import ContinueRecipe
 
 
-@flow(name="continue-pretrain", flow_run_name="continue-pretrain {recipe.name}")
+@flow(name="continue-pretrain", flow_run_name=run_name, validate_parameters=False, on_crashed=[end_tracking])
+@from_recipe("continue-pretrain")
 def continue_pretrain(recipe: ContinueRecipe) -> RegisteredModel | State[None]:
     """A base and documents it has not seen to the base's next version.
 

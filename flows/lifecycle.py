@@ -4,14 +4,16 @@ from prefect import flow
 
 from flows.continue_pretrain import continue_pretrain
 from flows.finetune import finetune
+from flows.given import from_recipe, run_name
 from flows.pretrain import pretrain
-from flows.running import running_pipeline
+from flows.running import end_tracking, running_pipeline
 from fmcore.artifacts.files import canonical_json, sha256_text
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
 from fmcore.recipes.stages import LifecycleRecipe
 
 
-@flow(name="lifecycle", flow_run_name="lifecycle {recipe.name}")
+@flow(name="lifecycle", flow_run_name=run_name, validate_parameters=False, on_crashed=[end_tracking])
+@from_recipe("lifecycle")
 def lifecycle(recipe: LifecycleRecipe) -> list[RegisteredModel]:
     """Pretrain, fine-tune, continue, and fine-tune again, so that the task model follows its base.
 

@@ -1,26 +1,35 @@
-"""Around the five calls: what is resolved before them, the MLflow run they share, and how it ends."""
+"""Around the five calls: what is resolved before them, the MLflow run they share, and how it ends.
+
+One stage at a time works on a model; others wait for its lock, and resolve their parent once they hold it.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from prefect import runtime
 from prefect.exceptions import TerminationSignal
 
+from fmcore.artifacts.lock import exclusive
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, RegisteredModel
 from fmcore.errors import DataError, Interrupted
-from fmcore.planning.resolve import resolve_stage, tracking_uri
+from fmcore.planning.parents import fetch_parent
+from fmcore.planning.resolve import import_parent, resolve_stage, tracking_uri
 from fmcore.planning.runs import RunRecord
-from fmcore.recipes.stages import LifecycleRecipe, StageRecipe
+from fmcore.planning.steps import model_name
+from fmcore.recipes.parents import base_name
+from fmcore.recipes.stages import LifecycleRecipe, PretrainRecipe, StageRecipe
 from fmcore.redaction import redact_logs
 from fmcore.tracking import names
+from fmcore.tracking.client import shown_uri
 from fmcore.tracking.record import record_path
-from fmcore.tracking.session import StageTracking
+from fmcore.tracking.session import StageTracking, end_unfinished
 from fmcore.workspace import Workspace
-from tasks.context import Stage, running
+from tasks.context import Stage, logger, running
 
 redact_logs()  # whoever imports the flows runs them, and Prefect keeps what they log
 STOPPED = (KeyboardInterrupt, TerminationSignal, Interrupted)
@@ -61,24 +70,48 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
     """Resolve a recipe, open its MLflow run, make it the current stage, and end the run with its true status."""
     workspace = Workspace.current()
     store = Store(workspace.home)
-    resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get())
-    resolved.record.start(resolved.parent.fingerprint if resolved.parent else None)
-    tracking = StageTracking.start(
-        tracking_uri(recipe.execution, workspace),
-        workspace.home,
-        name=f"{recipe.kind} {recipe.name}",
-        identity=resolved.steps.model.fingerprint,
-        tags={names.STAGE: recipe.kind},
-        parent_run_id=None,
-        record=record_path(workspace.runs, resolved.steps.model.fingerprint),
-        recipe=recipe.model_dump(mode="json"),
-        step=resolved.steps.model,
-        recipe_identity=resolved.record.identity,
-        pipeline=_PIPELINE.get(),
-        page=_flow_run_page(),
-    )
-    with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, _flow_run_page())):
-        yield StageRecord(resolved.record), resolved.parent
+    with _alone_on(recipe, workspace):
+        fetch_parent(recipe)
+        resolved = resolve_stage(recipe, workspace, store, fresh=_FRESH.get(), anew=_is_started_by_server())
+        resolved = import_parent(resolved, workspace, store, on_line=logger.info)
+        recipe = resolved.recipe
+        registry = shown_uri(tracking_uri(recipe.execution, workspace))
+        resolved.record.start(resolved.parent.fingerprint if resolved.parent else None, resolved.steps, registry)
+        tracking = StageTracking.start(
+            tracking_uri(recipe.execution, workspace),
+            workspace.home,
+            name=f"{recipe.kind} {recipe.name}",
+            identity=resolved.steps.model.fingerprint,
+            tags=_tags(recipe),
+            parent_run_id=None,
+            record=record_path(workspace.runs, resolved.steps.model.fingerprint),
+            recipe=recipe.model_dump(mode="json"),
+            step=resolved.steps.model,
+            recipe_identity=resolved.record.identity,
+            pipeline=_PIPELINE.get(),
+            page=_flow_run_page(),
+        )
+        with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, _flow_run_page())):
+            yield StageRecord(resolved.record), resolved.parent
+
+
+@contextmanager
+def _alone_on(recipe: StageRecipe, workspace: Workspace) -> Iterator[None]:
+    """Hold the lock of the model that a stage is about to add a version to."""
+    model = model_name(recipe, None if isinstance(recipe, PretrainRecipe) else base_name(recipe.parent))
+    lock = workspace.home / "locks" / f"model-{model}"
+    with exclusive(lock, on_wait=lambda holder: logger.info("waiting for %s, which works on %s", holder, model)):
+        yield
+
+
+def _is_started_by_server() -> bool:
+    """Whether a schedule, a form or an API call asks for this run now; not so for a retry or a command."""
+    return runtime.deployment.id is not None and runtime.flow_run.run_count == 1
+
+
+def _tags(recipe: StageRecipe | LifecycleRecipe) -> dict[str, str]:
+    outermost = runtime.flow_run.root_flow_run_id or runtime.flow_run.id
+    return {names.STAGE: recipe.kind, **({names.FLOW_RUN: str(outermost)} if outermost else {})}
 
 
 def _flow_run_page() -> str | None:
@@ -97,7 +130,7 @@ def running_pipeline(recipe: LifecycleRecipe, identity: str) -> Iterator[None]:
         workspace.home,
         name=f"{recipe.kind} {recipe.name}",
         identity=identity,
-        tags={names.STAGE: recipe.kind},
+        tags=_tags(recipe),
         parent_run_id=None,
         record=record_path(workspace.runs, identity),
         recipe=recipe.model_dump(mode="json"),
@@ -122,3 +155,14 @@ def _ending(tracking: StageTracking) -> Iterator[None]:
         tracking.finish("FAILED")
         raise
     tracking.finish("FINISHED")
+
+
+def end_tracking(flow: Any, flow_run: Any, state: Any) -> None:
+    """A hook, run elsewhere after a flow run's process died: what it left RUNNING in MLflow has FAILED.
+
+    Prefect calls hooks with exactly these names.
+    """
+    recipe = flow_run.parameters.get("recipe")
+    execution = recipe.get("execution") if isinstance(recipe, Mapping) else None
+    named = execution.get("tracking_uri") if isinstance(execution, Mapping) else None
+    end_unfinished(named or Workspace.current().tracking_uri, str(flow_run.id))

@@ -17,6 +17,7 @@ from fmcore.tracking.session import StageTracking
 from fmcore.training.progress import Progress
 
 logger = logging.getLogger("strata")
+logger.setLevel(logging.INFO)  # Prefect gives it a handler, but no level
 ArtifactT = TypeVar("ArtifactT", bound=Artifact)
 
 

@@ -6,9 +6,11 @@ from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, Registered
 from fmcore.evaluation.evaluate import evaluate_checkpoint
 from fmcore.tracking.contents import log_report
 from tasks.context import current_stage, finished, logger
+from tasks.failing import failing_in_words
 
 
 @task(name="evaluate")
+@failing_in_words
 def evaluate(checkpoint: Checkpoint, documents: Documents, parent: RegisteredModel | None) -> EvalReport:
     """Score the checkpoint, and its parent beside it, on the stage's own sets and those of its ancestors."""
     stage = current_stage()

@@ -9,9 +9,11 @@ from fmcore.tracking.register import find_registered, register_model
 from fmcore.training.metrics import FILE_NAME as METRICS
 from tasks.cards import show_card
 from tasks.context import current_stage, finished, logger
+from tasks.failing import failing_in_words
 
 
 @task(name="register")
+@failing_in_words
 def register(
     checkpoint: Checkpoint, report: EvalReport, documents: Documents, parent: RegisteredModel | None
 ) -> RegisteredModel:

@@ -7,13 +7,17 @@ from fmcore.recipes.fields import Tokenizer
 from fmcore.tokens.tokenize import tokenize_documents
 from fmcore.tracking.contents import log_shards
 from tasks.context import current_stage, finished
+from tasks.failing import failing_in_words
 
 
 @task(name="tokenize")
+@failing_in_words
 def tokenize(documents: Documents, tokenizer: Tokenizer | None, parent: RegisteredModel | None) -> TokenShards:
     """Turn documents into token ids with a tokenizer trained here, a loaded one, or the parent's."""
     stage = current_stage()
     hit = stage.store.find(stage.steps.shards, TokenShards)
-    shards = hit or tokenize_documents(stage.steps.shards, documents, tokenizer, parent, stage.store)
+    shards = hit or tokenize_documents(
+        stage.steps.shards, documents, tokenizer, parent, stage.store, workers=stage.recipe.execution.workers
+    )
     stage.tracking.log(lambda run: log_shards(run, shards))
     return finished(shards, cached=hit is not None)

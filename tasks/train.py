@@ -14,12 +14,14 @@ from fmcore.training.spec import TrainSpec
 from fmcore.training.train import train_checkpoint
 from tasks.cards import move_progress, start_progress
 from tasks.context import Stage, current_stage, finished, logger, tell
+from tasks.failing import failing_in_words
 
 CARD_SECONDS = 3.0  # between two updates of the progress artifact
 LOG_SECONDS = 15.0  # between two lines of progress in the run's log
 
 
 @task(name="train")
+@failing_in_words
 def train(shards: TokenShards, parent: RegisteredModel | None) -> Checkpoint:
     """Train from scratch or from the parent; an interrupted training goes on where it was saved.
 

@@ -156,6 +156,71 @@ class Tiny:
         )
 
 
+class OutsideModels:
+    """Folders as transformers writes them, each with 2 layers of 32 and a tokenizer of 350 or so words."""
+
+    shape = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 64, "head_dim": 16, "max_position_embeddings": 64,
+    }  # fmt: skip
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    families: dict[str, dict[str, Any]] = {
+        "llama": {"model_type": "llama", **shape, "tie_word_embeddings": False},
+        "qwen2": {"model_type": "qwen2", **{k: v for k, v in shape.items() if k != "head_dim"}},
+        "qwen3": {"model_type": "qwen3", **shape},
+        "gpt2": {"model_type": "gpt2", **gpt2},
+        "gemma3": {"model_type": "gemma3_text", **shape, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    }
+
+    def make(self, folder: Path, family: str = "llama", *, spread: float = 0.2, **fields: Any) -> Path:
+        """Random weights, of which `spread` says how much the model has to say."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        tokenizer = self.tokenizer(family)
+        tokenizer.save_pretrained(str(folder))
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer) + 3, **self.families[family], **ids, **fields})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0, spread)
+        model.save_pretrained(str(folder))
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model from elsewhere\n")
+        return folder
+
+    @staticmethod
+    def tokenizer(family: str) -> Any:
+        """GPT-2's way for gpt2 (one control token, no template, no padding), with a turn's end of its own for qwen."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        control = ["<|endoftext|>"] if family == "gpt2" else ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=350, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+        )
+        raw.train_from_iterator((made_text("old", number) for number in range(40)), trainer)
+        if family == "gpt2":
+            return PreTrainedTokenizerFast(
+                tokenizer_object=raw, bos_token=control[0], eos_token=control[0], model_max_length=16
+            )
+        template = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=raw, bos_token=None if family.startswith("qwen") else "<s>", eos_token="</s>",
+            additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+            chat_template=template if family.startswith("qwen") else None,
+        )  # fmt: skip
+
+
 class Home:
     """A home folder, and the five steps run in it without Prefect."""
 
@@ -177,40 +242,51 @@ class Home:
 
         return resolve_stage(parse_recipe(recipe), self.workspace, self.store, **options)
 
+    def ready(self, recipe: dict[str, Any]) -> Any:
+        """The same with a parent from outside imported."""
+        from fmcore.planning.resolve import import_parent
+
+        return import_parent(self.resolve(recipe), self.workspace, self.store, on_line=lambda line: None)
+
     def documents(self, recipe: dict[str, Any]) -> Documents:
         """Run the first step."""
         from fmcore.data.prepare import prepare_documents
 
-        stage = self.resolve(recipe)
-        return prepare_documents(stage.steps.documents, stage.recipe.data, stage.parent, self.store)
+        stage = self.ready(recipe)
+        return prepare_documents(
+            stage.steps.documents, stage.recipe.data, stage.parent, self.store, workers=stage.recipe.execution.workers
+        )
 
     def shards(self, recipe: dict[str, Any]) -> TokenShards:
         """Run the first two steps."""
         from fmcore.planning.steps import tokenizer_of
         from fmcore.tokens.tokenize import tokenize_documents
 
-        documents, stage = self.documents(recipe), self.resolve(recipe)
-        return tokenize_documents(stage.steps.shards, documents, tokenizer_of(stage.recipe), stage.parent, self.store)
+        documents, stage = self.documents(recipe), self.ready(recipe)
+        return tokenize_documents(
+            stage.steps.shards, documents, tokenizer_of(stage.recipe), stage.parent, self.store,
+            workers=stage.recipe.execution.workers,
+        )  # fmt: skip
 
     def spec(self, recipe: dict[str, Any]) -> Any:
         """The spec of the training."""
         from fmcore.training.train import make_spec
 
-        shards, stage = self.shards(recipe), self.resolve(recipe)
+        shards, stage = self.shards(recipe), self.ready(recipe)
         return make_spec(shards, stage.recipe, stage.parent, self.store)
 
     def train(self, recipe: dict[str, Any], **options: Any) -> Checkpoint:
         """Run the first three steps."""
         from fmcore.training.train import train_checkpoint
 
-        shards, stage = self.shards(recipe), self.resolve(recipe)
+        shards, stage = self.shards(recipe), self.ready(recipe)
         return train_checkpoint(stage.steps.checkpoint, shards, stage.recipe, stage.parent, self.store, **options)
 
     def evaluate(self, recipe: dict[str, Any]) -> EvalReport:
         """Run the first four steps."""
         from fmcore.evaluation.evaluate import evaluate_checkpoint
 
-        checkpoint, documents, stage = self.train(recipe), self.documents(recipe), self.resolve(recipe)
+        checkpoint, documents, stage = self.train(recipe), self.documents(recipe), self.ready(recipe)
         return evaluate_checkpoint(
             stage.steps.report, checkpoint, documents, stage.parent, stage.recipe.evaluate, stage.recipe.execution,
             self.store,
@@ -222,8 +298,9 @@ class Home:
         from fmcore.tracking.register import register_model
         from fmcore.tracking.session import StageTracking
 
-        stage = self.resolve(recipe)
-        stage.record.start(stage.parent.fingerprint if stage.parent else None)
+        stage = self.ready(recipe)
+        registry = self.workspace.own_tracking_uri
+        stage.record.start(stage.parent.fingerprint if stage.parent else None, stage.steps, registry)
         identity = stage.steps.model.fingerprint
         tracking = StageTracking.start(
             self.workspace.own_tracking_uri, self.path, name=stage.recipe.name, identity=identity, tags={},
@@ -304,6 +381,18 @@ def quiet_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return Tiny()
+
+
+@pytest.fixture(scope="session")
+def outside() -> OutsideModels:
+    return OutsideModels()
+
+
+@pytest.fixture(scope="session")
+def outside_folders(tmp_path_factory: pytest.TempPathFactory, outside: OutsideModels) -> dict[str, Path]:
+    """A model folder of each family. Read only; tests copy what they damage."""
+    folder = tmp_path_factory.mktemp("outside")
+    return {family: outside.make(folder / f"small-{family}", family) for family in outside.families}
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.cli import report_error
 from deployments.demo.corpus import make_corpus
 from deployments.environment import prepare_environment
+from deployments.failures import report_error
 from deployments.running import REFUSED, run_recipe
 from deployments.summary import half_width
 from fmcore.artifacts.ancestry import checkpoint_of, documents_of
@@ -76,6 +76,7 @@ def compression_table(base: RegisteredModel, store: Store) -> Table:
     report = store.get(base.parents["report"], EvalReport)
     metrics, scored = report.metrics, read_scores(report.path)
     documents = documents_of(store, base)
+    assert documents is not None  # it was pretrained here
     table = Table("held-out text", base.uri, "xz -9", title="bits per byte, base model", title_justify="left")
     for path in sorted((documents.path / "heldout").glob("*.parquet")):
         metric = f"eval/{path.stem}/bpb"

@@ -23,23 +23,47 @@ def checkpoint_of(store: Store, model: RegisteredModel) -> Checkpoint:
     return store.get(model.parents["checkpoint"], Checkpoint)
 
 
-def documents_of(store: Store, model: RegisteredModel) -> Documents:
-    """The documents a registered model was trained and evaluated on."""
-    return store.get(model.parents["documents"], Documents)
+def documents_of(store: Store, model: RegisteredModel) -> Documents | None:
+    """The documents a registered model was trained and evaluated on; None where it was imported."""
+    return store.get(model.parents["documents"], Documents) if "documents" in model.parents else None
 
 
-def shards_of(store: Store, model: RegisteredModel) -> TokenShards:
-    """The token shards a registered model was trained on, with its tokenizer."""
-    return store.get(model.parents["shards"], TokenShards)
+def shards_of(store: Store, model: RegisteredModel) -> TokenShards | None:
+    """The token shards a registered model was trained on; None where it was imported."""
+    return store.get(model.parents["shards"], TokenShards) if "shards" in model.parents else None
+
+
+def full_checkpoint(store: Store, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with whole weights that a checkpoint's adapters lie on, or the checkpoint itself."""
+    while checkpoint.method != "full":
+        checkpoint = store.get(checkpoint.parents["parent"], Checkpoint)
+    return checkpoint
+
+
+def adapters_below(store: Store, model: RegisteredModel) -> list[RegisteredModel]:
+    """The version with whole weights that a version rests on, then the adapters over it, itself the last."""
+    chain = []
+    for below in lineage(store, model):
+        chain.append(below)
+        if below.method == "full":
+            break
+    return chain[::-1]
+
+
+def knows_texts(store: Store, model: RegisteredModel) -> bool:
+    """Whether any text that the model or an ancestor of it was trained on is known, and could be replayed."""
+    known = (shards_of(store, ancestor) for ancestor in lineage(store, model))
+    return any(shards is not None and shards.form == "text" for shards in known)
 
 
 def context_length(store: Store, model: RegisteredModel) -> int:
-    """The context a registered model was trained with, in tokens."""
+    """The context a registered model was trained with, or was imported for, in tokens."""
     return int(read_json(checkpoint_of(store, model).path / "spec.json")["seq_len"])
 
 
 def held_out_ids(store: Store, model: RegisteredModel) -> set[str]:
     """Ids of every document and record that the model or an ancestor of it was evaluated on."""
-    folders = [documents_of(store, ancestor).path / "heldout" for ancestor in lineage(store, model)]
+    known = [documents_of(store, ancestor) for ancestor in lineage(store, model)]
+    folders = [documents.path / "heldout" for documents in known if documents is not None]
     tables = [pq.read_table(path, columns=["id"]) for folder in folders for path in folder.glob("*.parquet")]
     return {document_id for table in tables for document_id in table["id"].to_pylist()}

@@ -31,6 +31,22 @@ def exclusive(path: Path, *, on_wait: Callable[[str], None] | None = None) -> It
         os.close(descriptor)
 
 
+@contextmanager
+def exclusive_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock file at `path` if nobody else does; yields whether it is held. Never waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(descriptor: int, path: Path, on_wait: Callable[[str], None] | None) -> None:
     told = False
     while True:

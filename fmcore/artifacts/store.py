@@ -103,6 +103,10 @@ class Store:
             return path.with_name(f"{step.name}-{step.fingerprint[:16]}")  # two identities share 8 digits
         return path
 
+    def lock_path(self, kind: str, fingerprint: str) -> Path:
+        """The lock file that whoever builds or removes the artifact holds."""
+        return self.root / kind / ".locks" / fingerprint[:16]
+
     def build(
         self,
         step: Step,
@@ -118,8 +122,7 @@ class Store:
         resumable: keep what an interrupted builder of the same identity left behind; otherwise the
         partial folder starts empty.
         """
-        lock = self.root / step.kind / ".locks" / step.fingerprint[:16]
-        with exclusive(lock, on_wait=on_wait) as descriptor:
+        with exclusive(self.lock_path(step.kind, step.fingerprint), on_wait=on_wait) as descriptor:
             if done := self.find(step, cls):
                 return done
             path = self.path_for(step)
@@ -160,8 +163,7 @@ class Store:
     def discard_partial(self, step: Step) -> None:
         """Drop what an interrupted builder of this step left behind."""
         path = self.path_for(step)
-        lock = self.root / step.kind / ".locks" / step.fingerprint[:16]
-        with exclusive(lock):
+        with exclusive(self.lock_path(step.kind, step.fingerprint)):
             shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
 
     def remove(self, artifact: Artifact) -> None:
@@ -178,8 +180,8 @@ class Store:
             raise IntegrityError(problem)
         return artifact
 
-    def problems(self, folder: Path) -> Iterator[str]:
-        """One sentence for every file below an artifact's folder that is not as it was recorded."""
+    def problems(self, folder: Path, *, only: str = "") -> Iterator[str]:
+        """One sentence for every file below an artifact's folder, or the one named, that is not as it was recorded."""
         try:
             files = _read_record(folder)["files"]
         except IntegrityError as error:
@@ -187,6 +189,8 @@ class Store:
             return
         for name, recorded in files.items():
             path = folder / name
+            if only and name != only:
+                continue
             if not path.is_file():
                 yield f"{path} is missing. Remove the folder {folder} and run its recipe again."
             elif path.stat().st_size != recorded["size"] or self._digests.sha256(path) != recorded["sha256"]:

@@ -88,8 +88,13 @@ class Checkpoint(Artifact):
     final_loss: float
 
     @property
+    def imported(self) -> bool:
+        """Whether the weights came from outside: nothing they were trained on is known, nor how."""
+        return "shards" not in self.parents
+
+    @property
     def final(self) -> Path:
-        """The weights that are evaluated and registered."""
+        """The weights that are evaluated and registered, and the tokenizer."""
         return self.path / "final"
 
     @property

@@ -78,7 +78,7 @@ def _on_sets_of(
 ) -> dict[str, tuple[SetScores, SetScores]]:  # fmt: skip
     """Both models on the sets that the champion itself was judged by, where those are others than ours."""
     documents = documents_of(store, champion)
-    if documents.fingerprint == new.documents.fingerprint:
+    if documents is None or documents.fingerprint == new.documents.fingerprint:
         return {}
     parent = champion.parents.get("parent")
     above = store.get(parent, RegisteredModel) if parent else None
@@ -103,6 +103,8 @@ def _best_scores(
     names = {origin: name for name, origin in _set_origins(new.report)}
     best: dict[str, list[SetScores]] = {}
     for model in _champions(champion, store, is_reset):
+        if "report" not in model.parents:
+            continue  # imported: it has no scores of its own
         report = store.get(model.parents["report"], EvalReport)
         scores = read_scores(store.check(report).path)
         for name, origin in _set_origins(report):

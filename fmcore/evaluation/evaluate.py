@@ -11,7 +11,7 @@ from fmcore.artifacts.ancestry import checkpoint_of, documents_of, lineage
 from fmcore.artifacts.files import write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
-from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, RegisteredModel, TokenShards
+from fmcore.artifacts.types import Checkpoint, Documents, EvalReport, RegisteredModel
 from fmcore.evaluation.bootstrap import Interval, mean_interval, ratio_interval
 from fmcore.evaluation.forgetting import forgetting
 from fmcore.evaluation.gate import SetScores
@@ -110,7 +110,8 @@ def evaluation_sets(store: Store, documents: Documents, parent: RegisteredModel 
 
     An ancestor's set whose name is taken gets the first digits of its documents' fingerprint behind it.
     """
-    origins = [documents] + [documents_of(store, model) for model in (lineage(store, parent) if parent else ())]
+    above = [documents_of(store, model) for model in (lineage(store, parent) if parent else ())]
+    origins = [documents, *(known for known in above if known is not None)]
     sets: dict[str, EvalSet] = {}
     seen: set[str] = set()
     for origin in origins:
@@ -142,10 +143,9 @@ def _spec(
     execution: Execution,
     store: Store,
 ) -> EvalSpec:
-    shards = store.get(checkpoint.parents["shards"], TokenShards)
     return EvalSpec(
         weights=final_weights(store, checkpoint),
-        tokenizer=store.check(shards).tokenizer_path,
+        tokenizer=checkpoint.final,
         ledger=checkpoint.ledger("final"),
         sets=sets,
         seq_len=inherited_spec(checkpoint)["seq_len"],

@@ -12,6 +12,8 @@ from fmcore.errors import RecipeError
 from fmcore.model.weights import Weights
 
 ATTENTION = "sdpa"
+TRIED_TOKENS = 32
+TOLERANCE = 1e-4  # of the largest value; fp32 noise stays below 1e-5
 
 
 def build_model(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> PreTrainedModel:
@@ -50,14 +52,61 @@ def open_model(weights: Weights) -> PreTrainedModel:
 
 
 def check_supported(model: PreTrainedModel) -> PreTrainedModel:
-    """Refuse what the loss would silently get wrong."""
-    if getattr(model.config, "final_logit_softcapping", None):
+    """Refuse what the loss would silently get wrong, by the config where it says so, else by trying. Turns off
+    the cache, with which transformers does not keep packed documents apart.
+    """
+    config = model.config
+    if getattr(config, "final_logit_softcapping", None):
         raise RecipeError(
-            f"model_type {model.config.model_type} caps its logits (final_logit_softcapping); the chunked loss "
+            f"model_type {config.model_type} caps its logits (final_logit_softcapping); the chunked loss "
             f"does not, set final_logit_softcapping: null or take another model_type"
         )
-    model.config.use_cache = False  # with a cache, transformers does not keep packed documents apart
-    return model
+    if config.get_text_config() is not config or config.is_encoder_decoder:
+        raise RecipeError(f"model_type {config.model_type} is no plain decoder of text; take another model_type")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise RecipeError(f"model_type {config.model_type} adds a bias to its logits, which the chunked loss does not")
+    config.use_cache = False
+    training = model.training
+    _try(model.eval())
+    return model.train(training)
+
+
+@torch.no_grad()
+def _try(model: PreTrainedModel) -> None:
+    """Two documents of a few tokens: our logits against the model's own, packed against alone."""
+    kind = model.config.model_type
+    rows = model.get_input_embeddings().num_embeddings
+    length = max(2, min(TRIED_TOKENS, getattr(model.config, "max_position_embeddings", None) or TRIED_TOKENS) // 2)
+    ids = (torch.arange(2 * length) * 7 + 3)[None] % rows  # (1, 2L)
+    positions = torch.arange(length).repeat(2)[None]
+    second = slice(length, None)
+    try:
+        packed = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        alone = decoder_of(model)(
+            input_ids=ids[:, second], position_ids=positions[:, second], use_cache=False
+        ).last_hidden_state
+        theirs = model(input_ids=ids[:, second], use_cache=False).logits
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"model_type {kind} cannot be trained here: its forward pass takes more, or other, than ids and positions "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not theirs.isfinite().all():
+        raise RecipeError(f"model_type {kind}: the logits of these weights are not finite numbers")
+    if _differ(alone @ model.get_output_embeddings().weight.T, theirs):
+        raise RecipeError(
+            f"model_type {kind} does more to its logits than multiply by its head (a scale, a bias), which the chunked "
+            f"loss does not; take another model_type"
+        )
+    if _differ(packed[:, second], alone):
+        raise RecipeError(
+            f"model_type {kind} lets documents that share a row see each other (a recurrent state, or an attention "
+            f"that position ids do not part); it cannot be trained on packed rows"
+        )
+
+
+def _differ(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return not torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()), equal_nan=True)
 
 
 def load_parameters(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:

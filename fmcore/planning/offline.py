@@ -4,6 +4,7 @@ from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
 from fmcore.errors import TrackingError
 from fmcore.planning.runs import RunRecord
+from fmcore.tracking.imported import IMPORTED
 
 
 def offline_parent(reference: str, store: Store, record: RunRecord, outage: TrackingError) -> RegisteredModel:
@@ -26,5 +27,9 @@ def offline_parent(reference: str, store: Store, record: RunRecord, outage: Trac
 
 def _numbered(reference: str, store: Store) -> RegisteredModel | None:
     wanted = reference.removeprefix("models:/")
-    known = [model for model in store.all(RegisteredModel) if model.uri == wanted and model.verdict in ACCEPTED]
-    return known[-1] if known else None
+    known = [model for model in store.all(RegisteredModel) if model.uri == wanted and _may_be_parent(model)]
+    return known[0] if len(known) == 1 else None  # two registries may have given one number twice
+
+
+def _may_be_parent(model: RegisteredModel) -> bool:
+    return model.verdict in ACCEPTED or model.stage == IMPORTED

@@ -1,9 +1,10 @@
-"""Run records: which parent an unfinished run was started with, and which MLflow run it belongs to.
+"""Run records: which parent an unfinished run was started with, what it is about to make, and where it registers.
 
 `<home>/runs/<identity>.json`, the identity being the recipe's (its parent as it is written, its sources by
 digest). An alias such as `plays@champion` is resolved once; an interrupted run goes on with what it found.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ def recipe_identity(recipe: StageRecipe, documents: Step) -> str:
 
 
 class RunRecord:
-    """One recipe's record. parent: fingerprint it was resolved to; model: fingerprint of what it made."""
+    """One recipe's record. parent: fingerprint it was resolved to; model: fingerprint of what it made.
+
+    steps: fingerprints of what it is about to make; registry: where it registers, without credentials.
+    """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.path = folder / f"{identity[:16]}.json"
@@ -43,10 +47,16 @@ class RunRecord:
         made = self.values.get("model")
         return self.values["parent"] if made is None or made == champion else None
 
-    def start(self, parent: str | None) -> None:
-        """Note the parent before any work."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run of this recipe has made its model."""
+        return "model" in self.values
+
+    def start(self, parent: str | None, steps: Iterable[Step] = (), registry: str = "") -> None:
+        """Note the parent, the steps and the registry before any work."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.values = {"identity": self.identity, "parent": parent}
+        fingerprints = [step.fingerprint for step in steps]
+        self.values = {"identity": self.identity, "parent": parent, "steps": fingerprints, "registry": registry}
         write_json(self.path, self.values)
 
     def finish(self, model: str) -> None:
@@ -58,3 +68,11 @@ class RunRecord:
         """`--fresh`: the next run resolves its parent anew."""
         self.path.unlink(missing_ok=True)
         self.values = {}
+
+
+def run_records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, values) of every run record of a home; one without `model` belongs to an unfinished run."""
+    for path in sorted(folder.glob(f"{'[0-9a-f]' * 16}.json")):
+        values = read_json(path)
+        if "parent" in values:
+            yield path, values

@@ -30,13 +30,14 @@ class ParentRef:
 
 @dataclass(frozen=True)
 class StageSteps:
-    """The steps of one stage, in order."""
+    """The steps of one stage, in order. imported: what is made before them where the parent is from outside."""
 
     documents: Step
     shards: Step
     checkpoint: Step
     report: Step
     model: Step
+    imported: tuple[Step, ...] = ()
 
     def __iter__(self) -> Iterator[Step]:
         return iter((self.documents, self.shards, self.checkpoint, self.report, self.model))
@@ -72,7 +73,9 @@ def model_step(model: str, gate: Gate, parents: dict[str, str | None]) -> Step:
     return Step("model", model, config, known, CODE_VERSION)
 
 
-def stage_steps(recipe: StageRecipe, parent: ParentRef | None, digests: DigestCache) -> StageSteps:
+def stage_steps(
+    recipe: StageRecipe, parent: ParentRef | None, digests: DigestCache, *, imported: tuple[Step, ...] = ()
+) -> StageSteps:
     """All steps of a stage. Reads the sources' bytes (or remembers their digests), builds nothing."""
     above = parent.checkpoint if parent else None
     documents = documents_step(recipe.name, recipe.data, above, digests)
@@ -90,4 +93,4 @@ def stage_steps(recipe: StageRecipe, parent: ParentRef | None, digests: DigestCa
             "parent": parent.fingerprint if parent else None,
         },
     )
-    return StageSteps(documents, shards, checkpoint, report, model)
+    return StageSteps(documents, shards, checkpoint, report, model, imported)

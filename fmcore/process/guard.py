@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from fmcore.errors import StrataError
@@ -14,6 +15,8 @@ from fmcore.process.launch import EXIT_INTERRUPTED, EXIT_REFUSED, PARENT_VARIABL
 from fmcore.redaction import Redacted
 
 WATCH_SECONDS = 0.5
+SERVING_VARIABLE = "STRATA_SERVING_PID"  # of the process that starts flow runs and must not leave them behind
+END_SECONDS = 40  # a training's grace_s, and what Prefect and MLflow are told after it
 
 
 class Stop:
@@ -36,6 +39,25 @@ class Stop:
         while os.getppid() == self._parent:
             time.sleep(WATCH_SECONDS)
         self.requested = True
+
+
+@cache
+def end_with_parent() -> None:
+    """Have a served flow run end when the process that serves it is gone, even by kill -9.
+
+    It is asked by SIGTERM, so that the training saves, and made to end where that takes too long. In any
+    other process nothing happens.
+    """
+    if parent := os.environ.get(SERVING_VARIABLE):
+        threading.Thread(target=_end_after, args=(int(parent),), name="parent-watch", daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_SECONDS)
+    os._exit(1)
 
 
 class Heartbeat:

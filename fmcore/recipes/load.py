@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +14,8 @@ from ruamel.yaml.scalarint import ScalarInt
 from ruamel.yaml.scalarstring import ScalarString
 
 from fmcore.errors import RecipeError
+from fmcore.recipes.parents import absolute_parent
+from fmcore.recipes.paths import is_hub_name, is_url
 from fmcore.recipes.stages import RECIPES, Recipe
 
 # Words of other tools -> ours.
@@ -51,11 +53,12 @@ SYNONYMS = {
 PATH_FIELDS = {"path", "eval_path"}
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] = (), *, folder: Path | None = None) -> Recipe:
     """Read and validate a recipe file.
 
-    overrides: `dotted.field=value` strings, values in YAML. Relative paths in the file are read from the
-    file's folder. Raises RecipeError, naming the file, the line, the field and the remedy.
+    overrides: `dotted.field=value` strings, values in YAML. folder: where relative paths of the file are read
+    from, its own when None; those in overrides are read from the working directory. Raises RecipeError,
+    naming the file, the line, the field and the remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -73,7 +76,11 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     data = _plain(tree)
     for override in overrides:
         _override(data, override)
-    return parse_recipe(_absolute(data, path.resolve().parent), where=str(path), lines=lines)
+    folder = folder or path.resolve().parent
+    data = _absolute(data, folder)
+    if isinstance(data.get("parent"), str):
+        data["parent"] = absolute_parent(data["parent"], folder)
+    return parse_recipe(data, where=str(path), lines=lines)
 
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
@@ -87,6 +94,42 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tup
     except ValidationError as error:
         problems = "\n  ".join(_explain(e, RECIPES[kind], lines or {}) for e in error.errors())
         raise RecipeError(f"{where} is not a valid {kind} recipe:\n  {problems}") from error
+
+
+def recipe_from_parameters(data: Mapping[str, Any], kind: str) -> Recipe:
+    """Validate what a form or an API call sent as the recipe of a flow, whose name is its kind.
+
+    Raises RecipeError, also for relative paths: a server knows no recipe folder to read them from.
+    """
+    given = data.get("kind") or kind
+    if given != kind:
+        raise RecipeError(f"recipe: kind is {given!r}; this flow runs recipes of kind {kind}")
+    parameters = {**data, "kind": kind}
+    if relative := list(_relative_paths(parameters, "")):
+        where, path = relative[0]
+        raise RecipeError(
+            f"{where}: {path!r} is a relative path, and a run on a server has no recipe folder to read it from; "
+            f"give an absolute path or a URL"
+        )
+    return parse_recipe(_absolute(parameters, Path("/")))
+
+
+def _relative_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(dotted place, path) of each path that only a recipe's folder would complete."""
+    entries = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    for key, item in entries:
+        place = f"{where}.{key}" if where else str(key)
+        if not isinstance(item, str):
+            yield from _relative_paths(item, place)
+        elif _is_relative(str(key), item, value):
+            yield place, item
+
+
+def _is_relative(key: str, path: str, block: Any) -> bool:
+    if key == "parent":
+        return path.startswith(".")
+    is_hub_name = isinstance(block, dict) and block.get("format") == "hf"
+    return key in PATH_FIELDS and bool(path) and not is_hub_name and "://" not in path and path[0] not in "/~"
 
 
 def _explain(error: Any, cls: type[BaseModel], lines: dict[tuple, int]) -> str:
@@ -169,10 +212,19 @@ def _override(data: dict[str, Any], override: str) -> None:
     target: Any = data
     for part in parents:
         target = _child(target, part, override)
+    value = _typed_in_a_shell(value, last, target)
     if isinstance(target, list):
         target[_index(target, last, override)] = value
     else:
         target[last] = value
+
+
+def _typed_in_a_shell(value: Any, name: str, block: Any) -> Any:
+    """A path on the command line is meant from the working directory, not from the recipe's folder."""
+    if name == "parent" and isinstance(value, str):
+        return absolute_parent(value, Path.cwd())
+    format = block.get("format") if isinstance(block, dict) else None
+    return _absolute({"format": format, name: value}, Path.cwd())[name]
 
 
 def _child(target: Any, part: str, override: str) -> Any:
@@ -195,17 +247,21 @@ def _absolute(value: Any, folder: Path) -> Any:
         return [_absolute(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
+    hub = value.get("format") == "hf"
     return {
-        key: _absolute_path(item, folder) if key in PATH_FIELDS and isinstance(item, str) else _absolute(item, folder)
+        key: _absolute_path(item, folder, hub=hub)
+        if key in PATH_FIELDS and isinstance(item, str)
+        else _absolute(item, folder)
         for key, item in value.items()
     }
 
 
-def _absolute_path(path: str, folder: Path) -> str:
-    if not path:
+def _absolute_path(path: str, folder: Path, *, hub: bool) -> str:
+    if not path or is_url(path):
         return path
     # normpath, not resolve: a symbolic link is the user's name for the data, and a glob is no real path
-    return os.path.normpath(folder / Path(path).expanduser())
+    local = os.path.normpath(folder / Path(path).expanduser())
+    return path if hub and is_hub_name(path) and not Path(local).exists() else local
 
 
 def _lines(node: Any, location: tuple) -> Iterator[tuple[tuple, int]]:

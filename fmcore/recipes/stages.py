@@ -23,6 +23,7 @@ from fmcore.recipes.fields import (
 )
 
 Method = Literal["full", "lora"]
+KIND = "The kind of recipe, which is the flow that runs it."
 DEFAULT_FINETUNE_LR: dict[Method, float] = {"full": 3e-4, "lora": 3e-3}
 
 
@@ -67,16 +68,30 @@ class ContinueStage(Block):
     gate: Gate = Field(Gate(), description="When the version may become champion.")
 
 
+# Forms show fields in the order of the classes below from the last base to the first.
+
+
 class _Header(Block):
     name: str = Field(pattern=NAME_PATTERN, description="Name of the recipe, for people; no part of any identity.")
     seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of the data.")
+
+
+class _ChildHeader(_Header):
+    parent: str = Field(
+        min_length=1,
+        description="The model to start from: name@alias, name/version, a folder in transformers' format (./folder) "
+        "or a hub name (org/name@revision); the last two are imported first.",
+    )
+
+
+class _Footer(Block):
     execution: Execution = Field(Execution(), description="How to run; never changes what comes out.")
 
 
-class PretrainRecipe(PretrainStage, _Header):
+class PretrainRecipe(_Footer, PretrainStage, _Header):
     """Raw text to a registered base model."""
 
-    kind: Literal["pretrain"] = "pretrain"
+    kind: Literal["pretrain"] = Field("pretrain", description=KIND)
 
     @property
     def model_name(self) -> str:
@@ -84,30 +99,31 @@ class PretrainRecipe(PretrainStage, _Header):
         return self.register_.model or self.name
 
 
-class FinetuneRecipe(FinetuneStage, _Header):
+class FinetuneRecipe(_Footer, FinetuneStage, _ChildHeader):
     """A registered model to a task model, `<base>-<name>`."""
 
-    kind: Literal["finetune"] = "finetune"
-    parent: str = Field(description="The model to start from: name@alias or name/version.")
+    kind: Literal["finetune"] = Field("finetune", description=KIND)
 
 
-class ContinueRecipe(ContinueStage, _Header):
+class ContinueRecipe(_Footer, ContinueStage, _ChildHeader):
     """A base and new documents to the base's next version."""
 
-    kind: Literal["continue-pretrain"] = "continue-pretrain"
-    parent: str = Field(description="The model to continue: name@alias or name/version.")
+    kind: Literal["continue-pretrain"] = Field("continue-pretrain", description=KIND)
 
 
 StageRecipe = PretrainRecipe | FinetuneRecipe | ContinueRecipe
 
 
-class LifecycleRecipe(_Header):
-    """Pretrain, fine-tune, continue, fine-tune again on the new base, so that the task model follows it."""
-
-    kind: Literal["lifecycle"] = "lifecycle"
+class _Stages(Block):
     pretrain: PretrainStage = Field(description="Stage recipe without kind and parent.")
     finetune: FinetuneStage = Field(description="Stage recipe without kind and parent.")
     continue_pretrain: ContinueStage = Field(description="Stage recipe without kind and parent.")
+
+
+class LifecycleRecipe(_Footer, _Stages, _Header):
+    """Pretrain, fine-tune, continue, fine-tune again on the new base, so that the task model follows it."""
+
+    kind: Literal["lifecycle"] = Field("lifecycle", description=KIND)
 
     @model_validator(mode="after")
     def _check(self) -> "LifecycleRecipe":

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fmcore.artifacts.files import read_json
 from fmcore.errors import DataError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -21,6 +22,11 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>assistant\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# For a tokenizer without im_start: roles as plain text, since a token it lacks would be an untrained row.
+PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("<|im_start|>assistant", "### assistant").replace(
+    "'<|im_start|>' + message['role']", "'### ' + message['role']"
 )
 
 
@@ -44,14 +50,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Open a tokenizer in transformers' format; one without a chat template gets ours, if it can."""
+    """Open a tokenizer in transformers' format; one without a chat template gets ours.
+
+    Raises DataError where there is none, or none with an eos token and in the fast form.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no tokenizer in transformers' format: {error}") from error
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise DataError(f"the tokenizer in {folder} needs an eos token and a fast (tokenizer.json) form")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE if IM_START in tokenizer.get_vocab() else PLAIN_CHAT_TEMPLATE
     return tokenizer
+
+
+def brings_chat_template(folder: Path) -> bool:
+    """Whether a saved tokenizer has a chat template of its own; knows no more than the files say."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -65,7 +84,8 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._raw = RawTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._raw.encode_special_tokens = True
-        self._raw.no_truncation()
+        self._raw.no_truncation()  # a saved tokenizer may have either set
+        self._raw.no_padding()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""

@@ -30,6 +30,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return _render(tokenizer, [_user(prompt)], add_generation_prompt=True)
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a generated text: eos, and the control token with which the template ends a turn."""
+    example = encode_example(tokenizer, "question", "answer")
+    learnt = [i for i, inside in zip(example.ids, example.mask, strict=True) if inside]
+    control = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i in learnt]
+    return sorted({int(tokenizer.eos_token_id), *control})
+
+
 def _user(prompt: str) -> dict[str, str]:
     return {"role": "user", "content": prompt}
 

@@ -21,8 +21,8 @@ def lineage_tree(client: MlflowClient, ref: ModelRef) -> dict[str, Any]:
     """A version with its run, its sources and, nested, its parents; JSON values only.
 
     {model, version, fingerprint, verdict, stage, run_id, sources: [{name, digest, path, context}],
-    parents: [the same again]}. A parent that was deleted has `"missing": true` and nothing below it.
-    Raises TrackingError.
+    parents: [the same again]}, and for an imported version `origin`: {place, licence, digest}. A parent that was
+    deleted has `"missing": true` and nothing below it. Raises TrackingError.
     """
     with talking_to(client):
         return _node(client, ref.name, ref.version)
@@ -38,6 +38,10 @@ def children(client: MlflowClient, ref: ModelRef) -> list[ModelRef]:
 def as_rich(tree: dict[str, Any]) -> Tree:
     """A lineage tree for the terminal: the model, then its sources, then its parents."""
     root = Tree(_label(tree))
+    if origin := tree.get("origin"):
+        root.add(escape(f"origin: {origin['place']}  sha256 {origin['digest'][:SHOWN_DIGITS]}"))
+        root.add(escape(f"licence: {origin['licence']}"))
+        root.add("history unknown: what it was trained on is not known here")
     for source in tree["sources"]:
         digest = f"sha256 {source['digest'][:SHOWN_DIGITS]}"
         root.add(escape(f"{source['context']}: {source['name']}  {source['path']}  {digest}"))
@@ -58,9 +62,17 @@ def _node(client: MlflowClient, name: str, version: int) -> dict[str, Any]:
         "verdict": found.tags.get(names.VERDICT, ""),
         "stage": found.tags.get(names.STAGE, ""),
         "run_id": found.run_id,
+        **_origin(found.tags),
         "sources": _sources(client, found.run_id),
         "parents": [_node(client, parent_name, int(parent_version))] if parent_name else [],
     }
+
+
+def _origin(tags: dict[str, str]) -> dict[str, dict[str, str]]:
+    if names.ORIGIN not in tags:
+        return {}
+    place, licence = tags[names.ORIGIN], tags.get(names.LICENCE, "")
+    return {"origin": {"place": place, "licence": licence, "digest": tags.get(names.ORIGIN_DIGEST, "")}}
 
 
 def _sources(client: MlflowClient, run_id: str) -> list[dict[str, str]]:

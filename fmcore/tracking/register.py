@@ -12,6 +12,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from fmcore.artifacts.ancestry import adapters_below
 from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
@@ -68,7 +69,8 @@ def register_model(
                 write_json(building.path / DECISION_FILE, decision)
             else:  # an attempt that was killed made it champion already; its decision stands
                 decision = read_json(building.path / DECISION_FILE)
-            ref = _publish(building.path, step, contender, recipe, client, run, decision, prefect_url)
+            bases = _bases(contender, store)
+            ref = _publish(building.path, step, contender, recipe, client, run, decision, prefect_url, bases)
             lock = store.root / "model" / ".locks" / f"champion-{ref.name}"
             try:
                 registry.decide(client, ref, decision["verdict"], expected_champion=champion, lock=lock)
@@ -123,13 +125,20 @@ def _decide(
 def regression_accepted(client: MlflowClient, model: RegisteredModel) -> bool:
     """Whether a person promoted this version in spite of its losses."""
     with talking_to(client):
-        version = client.get_model_version(model.model, str(model.version))
-    return names.REGRESSION_ACCEPTED in version.tags
+        version = registry.version_numbered(client, model.model, model.version)
+    return version is not None and names.REGRESSION_ACCEPTED in version.tags  # it may have been deleted since
+
+
+def _bases(contender: Contender, store: Store) -> list[str]:
+    """What an adapter lies on: the version with whole weights, then the adapters merged into it before."""
+    if contender.checkpoint.method == "full" or contender.parent is None:
+        return []
+    return [model.uri for model in adapters_below(store, contender.parent)]
 
 
 def _publish(
     folder: Path, step: Step, contender: Contender, recipe: StageRecipe, client: MlflowClient, run: StageRun,
-    decision: dict[str, Any], prefect_url: str | None,
+    decision: dict[str, Any], prefect_url: str | None, bases: list[str],
 ) -> ModelRef:  # fmt: skip
     parent = contender.parent
     name = str(step.config["model"])
@@ -138,6 +147,7 @@ def _publish(
         stage=recipe.kind,
         method=contender.checkpoint.method,
         parent=parent.uri if parent else None,
+        bases=bases,
         prefect_url=prefect_url,
         verdict=decision["verdict"],
         reasons=decision["reasons"],
@@ -145,7 +155,7 @@ def _publish(
     (folder / "README.md").write_text(_model_card(name, description, contender.report), encoding="utf-8")
     upload = folder / "upload"
     shutil.rmtree(upload, ignore_errors=True)
-    shutil.copytree(contender.checkpoint.final, upload, copy_function=_link_or_copy)
+    shutil.copytree(contender.checkpoint.final, upload, copy_function=link_or_copy)
     shutil.copy(folder / "README.md", upload)
     ref = registry.publish(
         client,
@@ -171,7 +181,8 @@ class _Parent:
         self.name, self.version, self.model_id = model.model, model.version, model.model_id
 
 
-def _link_or_copy(source: str, target: str) -> str:
+def link_or_copy(source: str, target: str) -> str:
+    """A hard link, or on another file system a copy; for `shutil.copytree`."""
     try:
         os.link(source, target)
     except OSError:  # another file system

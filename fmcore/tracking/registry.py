@@ -32,6 +32,7 @@ from fmcore.tracking.versions import (
     ref_of,
     registered_model,
     resolve,
+    version_numbered,
     version_with,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "list_models",
     "publish",
     "resolve",
+    "version_numbered",
 ]
 
 # MLflow refuses these in the name of a LoggedModel, though not in that of a registered model.

@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 from fmcore.artifacts.step import Step
 from fmcore.errors import TrackingError
 from fmcore.redaction import without_credentials
-from fmcore.tracking.client import connect, experiment_id, probe, shown_uri
+from fmcore.tracking import names
+from fmcore.tracking.client import connect, experiment_id, probe, shown_uri, talking_to
 from fmcore.tracking.outage import breaker_of
 from fmcore.tracking.record import alive, begin_record, change_record, now_ms, sent_path
 from fmcore.tracking.runs import StageRun, Status, scrubbed, start_run
@@ -178,6 +179,21 @@ class StageTracking:
         if self.run is None or not self.uri.startswith("http"):
             return None
         return f"{without_credentials(self.uri)}/#/experiments/{self.run.experiment_id}/runs/{self.run.run_id}"
+
+
+def end_unfinished(uri: str, flow_run: str) -> None:
+    """End as FAILED the runs that a dead flow run left RUNNING. Raises TrackingError."""
+    client = connect(uri)
+    with talking_to(client):
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return
+        left = client.search_runs(
+            [experiment.experiment_id],
+            f"tags.`{names.FLOW_RUN}` = '{flow_run}' and attributes.status = 'RUNNING'",
+        )
+        for run in left:
+            client.set_terminated(run.info.run_id, "FAILED")
 
 
 def _as_json(step: Step | None) -> dict[str, Any] | None:

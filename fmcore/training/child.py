@@ -120,8 +120,11 @@ def write_final(
     final = folder / "final"
     shutil.rmtree(final, ignore_errors=True)
     if isinstance(model, PeftModel):
-        save_adapter(model, final / "adapter", spec.base)
-        write_json(final / "strata.json", {"base": spec.base, "method": "lora"})
+        hub = spec.origin if spec.origin and spec.origin.kind == "hub" and not _on_adapters(spec) else None
+        save_adapter(model, final / "adapter", hub.place if hub else spec.base, hub.revision if hub else None)
+        about = {"base": spec.base, "base_fingerprint": spec.base_fingerprint, "method": "lora"}
+        origin = {"origin": spec.origin.model_dump()} if spec.origin else {}
+        write_json(final / "strata.json", {**about, **origin})
     else:
         assert isinstance(model, PreTrainedModel)
         model.config.use_cache = True  # generation wants its cache; only training must not have one
@@ -137,6 +140,11 @@ def write_final(
         "final_loss": state.smoothed_loss,
     }
     write_json(folder / "summary.json", summary)
+
+
+def _on_adapters(spec: TrainSpec) -> bool:
+    """Whether the weights trained on are more than those of the folder: adapters were merged into them."""
+    return spec.weights is not None and bool(spec.weights.adapters)
 
 
 def write_ledgers(spec: TrainSpec, folder: Path, batches: Batches) -> None:

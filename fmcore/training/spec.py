@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from fmcore.model.outside import Origin
 from fmcore.model.weights import Weights
 from fmcore.recipes.fields import Lora
 from fmcore.training.schedule import Schedule
@@ -41,8 +42,9 @@ class TrainSpec(_Block):
     """One training. lengths in tokens, times in seconds.
 
     model: config fields for fresh weights, or None to start from `weights`. optimizer: a safetensors file
-    with the state to go on with. num_samples: sample slots in the whole run. ledger: what the starting
-    weights have seen.
+    with the state to go on with. base, base_fingerprint: the parent's version, and its checkpoint's identity;
+    origin: where its whole weights were imported from, if they were. num_samples: sample slots in the whole run.
+    ledger: what the starting weights have seen.
     """
 
     seed: int
@@ -52,6 +54,8 @@ class TrainSpec(_Block):
     method: Literal["full", "lora"]
     lora: Lora
     base: str
+    base_fingerprint: str
+    origin: Origin | None
     tokenizer: Path
     pools: tuple[PoolSpec, ...]
     num_samples: int

@@ -12,12 +12,14 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from fmcore.artifacts.ancestry import checkpoint_of, lineage, shards_of
+from fmcore.artifacts.ancestry import checkpoint_of, full_checkpoint, knows_texts, lineage, shards_of
 from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, RegisteredModel, TokenShards
-from fmcore.errors import DataError, RecipeError, TrainingError
+from fmcore.errors import DataError, RecipeError, StoreError, TrainingError
+from fmcore.model.importing import origin_of
+from fmcore.model.outside import Origin
 from fmcore.model.presets import model_fields
 from fmcore.model.weights import Weights, final_weights, start_weights
 from fmcore.process.launch import Child, TrainingRefused
@@ -31,6 +33,8 @@ from fmcore.training.spec import Member, PoolSpec, TrainSpec
 
 CODE_VERSION = 1
 REWARM_FRACTION = 0.01  # of the steps, where no stable checkpoint can be reached (Ibrahim et al. 2024)
+IMPORTED_LR = 1e-4  # what an imported model was trained at is not known; low, for it has decayed already
+IMPORTED_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def checkpoint_step(recipe: StageRecipe, shards: str, parent: str | None) -> Ste
         config["model"] = model_fields(recipe.model)
     if isinstance(recipe, ContinueRecipe):
         config["replay"] = recipe.replay.model_dump()
+        if not recipe.train.seq_len:
+            del config["train"]["seq_len"]  # the parent's; recipes of before there was the field keep their identity
     parents = {"shards": shards, **({"parent": parent} if parent else {})}
     return Step("checkpoint", recipe.name, config, parents, CODE_VERSION)
 
@@ -86,12 +92,30 @@ def train_checkpoint(
     spec = make_spec(shards, recipe, parent, store)
 
     def builder(building: Building) -> Fields:
+        for warning in warnings(recipe, spec, parent, store):
+            on_line(f"WARNING: {warning}")
         write_json(building.path / "spec.json", spec.model_dump(mode="json"))
         with watch(building.path / METRICS, spec) as on_poll:
             _run_with_retries(building, recipe.execution, on_line, on_poll)
         return _collect(building.path, spec)
 
     return store.build(step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}"))
+
+
+def warnings(recipe: StageRecipe, spec: TrainSpec, parent: RegisteredModel | None, store: Store) -> Iterator[str]:
+    """What a continued training has to do without, a sentence each."""
+    if not isinstance(recipe, ContinueRecipe) or parent is None:
+        return
+    checkpoint = checkpoint_of(store, parent)
+    if checkpoint.stable is None:
+        yield (
+            f"{parent.uri} has no stable checkpoint with optimizer state: the rate warms up again over "
+            f"{spec.schedule.warmup_steps} of {spec.schedule.num_steps} steps, to {spec.schedule.peak_lr:g}"
+        )
+    if checkpoint.imported and not recipe.train.lr:
+        yield f"the rate {parent.uri} was trained at is not known; train.lr is taken as {IMPORTED_LR:g}"
+    if not knows_texts(store, parent):
+        yield f"what {parent.uri} was trained on is not known: nothing is replayed, nothing left out as seen"
 
 
 def _idle() -> None:
@@ -150,6 +174,8 @@ def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel 
         method=recipe.method if isinstance(recipe, FinetuneRecipe) else "full",
         lora=recipe.lora if isinstance(recipe, FinetuneRecipe) else Lora(),
         base=parent.uri if parent else "",
+        base_fingerprint=parent.parents["checkpoint"] if parent else "",
+        origin=_origin(parent, store) if parent else None,
         tokenizer=shards.tokenizer_path,
         pools=pools,
         num_samples=num_samples,
@@ -165,6 +191,11 @@ def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel 
         micro_batch=recipe.execution.micro_batch,
         save_interval_s=recipe.execution.save_interval_s,
     )
+
+
+def _origin(parent: RegisteredModel, store: Store) -> Origin | None:
+    whole = full_checkpoint(store, checkpoint_of(store, parent))
+    return origin_of(whole) if whole.imported else None
 
 
 def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) -> Start:
@@ -189,7 +220,7 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
         start_weights(store, checkpoint),
         stable / "optimizer.safetensors" if stable else None,
         checkpoint.ledger(checkpoint.start),
-        inherited["seq_len"],
+        recipe.train.seq_len or inherited["seq_len"],
         recipe.train.batch_tokens or inherited["batch_tokens"],
         recipe.train.lr or inherited["lr"],
         0 if stable else REWARM_FRACTION,
@@ -197,8 +228,14 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
 
 
 def inherited_spec(checkpoint: Checkpoint) -> dict[str, Any]:
-    """seq_len, batch_tokens and peak rate (lr) that a checkpoint was trained with, as its spec says."""
+    """seq_len, batch_tokens and peak rate (lr) that a checkpoint was trained with, as its spec says.
+
+    For an imported one, of which they are not known, what is taken in their place.
+    """
     spec = read_json(checkpoint.path / "spec.json")
+    if checkpoint.imported:
+        batch_tokens = max(IMPORTED_BATCH_TOKENS, spec["seq_len"])
+        return {"seq_len": spec["seq_len"], "batch_tokens": batch_tokens, "lr": IMPORTED_LR}
     return {
         "seq_len": spec["seq_len"],
         "batch_tokens": spec["batch_samples"] * spec["seq_len"],
@@ -220,7 +257,10 @@ def _pools(
     if not isinstance(recipe, ContinueRecipe) or recipe.replay.fraction == 0:
         return tuple(new)
     assert parent is not None
-    replayed = tuple(_replay_members(store, parent))
+    try:
+        replayed = tuple(_replay_members(store, parent))
+    except StoreError as error:
+        raise StoreError(f"replay.fraction: {parent.uri} cannot be replayed: {error} Or set it to 0.") from error
     if not replayed:
         raise DataError(f"replay.fraction: what {parent.uri} was trained on is not known here; set it to 0")
     fraction = recipe.replay.fraction
@@ -237,8 +277,8 @@ def _replay_members(store: Store, parent: RegisteredModel) -> Iterator[Member]:
     """What the starting weights have seen, sample by sample, back through the whole lineage."""
     for model in lineage(store, parent):
         checkpoint, shards = checkpoint_of(store, model), shards_of(store, model)
-        if shards.form != "text":
-            continue  # records replay in fine-tuning, not in a base
+        if shards is None or shards.form != "text":
+            continue  # an imported model's are not known; records replay in fine-tuning, not in a base
         store.check(shards)
         for source in shards.sources:
             subset = checkpoint.seen_samples(checkpoint.start, source)

@@ -9,6 +9,7 @@ import pytest
 from fmcore.artifacts.types import Checkpoint, RegisteredModel
 from fmcore.errors import DataError, UnknownModelError
 from fmcore.planning.explain import estimate_cost, plan_steps, resume_note
+from fmcore.planning.shape import parent_shape
 from fmcore.tracking.promote import promote
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -149,7 +150,8 @@ def test_fresh_forgets_the_partial_training(based: Any, tiny: Any, corpora: dict
 def test_costs(base_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     def cost(recipe: dict[str, Any]) -> Any:
         stage = base_home.resolve(recipe)
-        return estimate_cost(stage.recipe, stage.steps, stage.parent, base_home.store)
+        above = parent_shape(recipe.get("parent", ""), stage.parent, base_home.store)
+        return estimate_cost(stage.recipe, stage.steps, above, base_home.store)
 
     [checkpoint] = base_home.store.all(Checkpoint)
     exact = cost(tiny.pretrain(corpora["old"]))

@@ -1,0 +1,77 @@
+"""`strata init`: looks at data, writes a recipe for it (`deployments.draft`), and prints its plan."""
+
+import os
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from deployments.draft import Draft, Line, source_name
+from fmcore.artifacts.store import Store
+from fmcore.artifacts.types import RegisteredModel
+from fmcore.errors import StrataError, UserInputError
+from fmcore.recipes.fields import NAME_PATTERN
+from fmcore.recipes.load import load_recipe
+from fmcore.workspace import Workspace
+
+KINDS = ("pretrain", "finetune", "continue-pretrain")
+SUFFIXES = {"pretrain": "", "finetune": "-finetune", "continue-pretrain": "-continue"}
+
+
+def init_recipe(
+    kind: str, paths: list[str], console: Console, *, out: Path | None, parent: str, name: str, force: bool
+) -> Path:
+    """Write a recipe of `kind` for the data at `paths` and print its plan.
+
+    Raises UserInputError where the data cannot be used, a parent is missing, or the file is there already.
+    """
+    if kind not in KINDS:
+        raise UserInputError(f"init {kind}: expected one of {', '.join(KINDS)}")
+    store = Store(Workspace.current().home)
+    parent = "" if kind == "pretrain" else parent or _only_base(store, kind)
+    name = name or source_name(paths[0], "data")
+    if not re.match(NAME_PATTERN, name):
+        raise UserInputError(f"--name {name}: letters, digits, `.`, `_` and `-`, beginning with a letter or digit")
+    target = out or Path(f"{name}{SUFFIXES[kind]}.yaml")
+    if target.exists() and not force:
+        raise UserInputError(f"{target} is there already; give another file with --out, or overwrite it with --force")
+    draft = Draft(target.absolute().parent, store)
+    written = draft.finetune(name, paths, parent) if kind == "finetune" else draft.text(kind, name, paths, parent)
+    _write(target, written)
+    console.print(f"wrote {target}", highlight=False)
+    _show_plan(target, console)
+    return target
+
+
+def _write(target: Path, lines: list[Line]) -> None:
+    """Under another name first, so that what is written is a valid recipe or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.yaml")
+    draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    try:
+        load_recipe(draft)
+    except StrataError as error:
+        raise UserInputError(str(error).replace(str(draft), str(target))) from error
+    else:
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _show_plan(target: Path, console: Console) -> None:
+    from deployments.planning import print_plan
+
+    try:
+        print_plan(load_recipe(target), console)
+    except StrataError as error:  # such as a parent that is not there yet
+        console.print(f"its plan cannot be made yet: {error}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"next: strata run {target}", highlight=False)
+
+
+def _only_base(store: Store, kind: str) -> str:
+    """The one base model of this home, for a recipe that names none."""
+    bases = sorted({m.model for m in store.all(RegisteredModel) if m.stage != "finetune"})
+    if len(bases) == 1:
+        return f"{bases[0]}@champion"
+    there = f"this home has {', '.join(bases)}" if bases else "this home has no model yet: pretrain one first"
+    raise UserInputError(f"init {kind}: which model to start from? Give --parent NAME@champion ({there})")

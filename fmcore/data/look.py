@@ -1,0 +1,445 @@
+"""Looks at data that has no recipe yet: which files, which format, which fields, how much, and what would be held out.
+
+Reads at most SAMPLE_CHARS of text per path, through the readers that a run uses, so that what is said of a
+document here (its id, the side it falls on, whether a filter drops it) is what a run will find.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fmcore.data.files import find_files, open_bytes
+from fmcore.data.filters import drop_reason
+from fmcore.data.holdout import fraction_of, group_fraction
+from fmcore.data.normalize import content_id, normalize
+from fmcore.data.places import Bad, origin
+from fmcore.data.reading import RawText, Record, read_records, read_texts
+from fmcore.data.unpacking import BrokenFile
+from fmcore.errors import DataError
+from fmcore.recipes.fields import Filters, Source
+
+SAMPLE_CHARS = 64_000_000
+SNIFFED_BYTES = 4096
+ASSUMED_COMPRESSION = 4  # of text by gzip or zstd, where a file is too long to be read to its end
+COMPRESSED = (".gz", ".zst")
+FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "hf"}
+HF_MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
+MAX_LEFT_OUT = 6
+EXAMPLES = 200
+
+TEXT_FIELDS = ("text", "content", "body", "document", "article", "markdown")
+PAIRS = (
+    ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"),
+    ("question", "answer"), ("query", "response"), ("query", "answer"), ("input", "output"), ("source", "target"),
+    ("path", "text"),
+)  # fmt: skip
+GROUP_FIELDS = ("doc", "doc_id", "document_id", "group", "group_id", "article_id", "thread_id", "conversation_id")
+CHAT_FIELDS = ("messages", "conversations")
+MAX_CLASSES = 20
+USUAL_SHARE = 0.9  # of the records have to have a field for it to be chosen
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of one format behind a path. path: as a recipe would give it; left_out: other files that lie there.
+
+    split: of a folder that holds several (hf).
+    """
+
+    path: str
+    format: str
+    files: tuple[Any, ...]
+    left_out: tuple[str, ...] = ()
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Records (or documents, under the field `text`) read from the start of the files.
+
+    exact: everything was read. scale: how many times as much there is.
+    """
+
+    data: DataFiles
+    rows: list[dict[str, Any]]
+    exact: bool
+    scale: float
+
+    @property
+    def num_records(self) -> int:
+        """Records in all of the files, about where not `exact`."""
+        return round(len(self.rows) * self.scale)
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of the fields, in the order in which they are met."""
+        return list(dict.fromkeys(str(name) for row in self.rows for name in row))
+
+
+@dataclass(frozen=True)
+class TextLook:
+    """Documents for training on text. places: where each kept one falls in [0, 1), for the choice of a holdout.
+
+    num_bytes: UTF-8 bytes of the kept documents in all of the files; missing: records without the field.
+    """
+
+    sample: Sample
+    text_field: str
+    split_on: str
+    places: list[float]
+    num_bytes: int
+    dropped: dict[str, int]
+    missing: int
+
+
+@dataclass(frozen=True)
+class RecordsLook:
+    """Prompt/response records. places: by group, of each kept record; chars: length of prompt and response together.
+
+    examples: a few of the pairs, from all over the sample.
+    """
+
+    sample: Sample
+    prompt_field: str
+    response_field: str
+    input_field: str
+    group_field: str
+    places: list[float]
+    chars: list[int]
+    examples: list[tuple[str, str]]
+    num_classes: int
+    repeated_prompts: int
+    duplicates: int
+    missing: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all prompts and responses, about."""
+        return round(sum(self.chars) * self.sample.scale)
+
+
+def data_files(path: str) -> DataFiles:
+    """The files behind a path, of the format that most of their bytes have. Raises DataError where none is text."""
+    files = find_files(path, field="--data")
+    if _is_saved_dataset(path):
+        return _saved_dataset(path, files)
+    groups: dict[str, list[Any]] = {}
+    for file in files:
+        groups.setdefault(format_of(file), []).append(file)
+    chosen = max(groups, key=lambda name: sum(map(file_size, groups[name])))
+    if chosen == "binary":
+        raise DataError(
+            f"--data {path}: {_names(groups[chosen])} holds no text; expected text, JSON lines or a JSON list, "
+            f"Parquet, or a folder that datasets' save_to_disk wrote (.gz and .zst are read as they are)"
+        )
+    others = [file for name, group in groups.items() if name != chosen for file in group]
+    return DataFiles(
+        _path_of(path, groups[chosen]) if others else path, chosen, tuple(groups[chosen]), tuple(map(_name, others))
+    )
+
+
+def _is_saved_dataset(path: str) -> bool:
+    folder = Path(path)
+    marked = folder.is_dir() and any((folder / name).is_file() for name in HF_MARKERS)
+    return marked and any(folder.rglob("*.arrow"))
+
+
+def _saved_dataset(path: str, files: list[Any]) -> DataFiles:
+    arrows = [file for file in files if str(file).endswith(".arrow")]
+    splits = {Path(str(file)).relative_to(path).parts[0] for file in arrows if Path(str(file)).parent != Path(path)}
+    split = "train" if "train" in splits else min(splits, default="")
+    chosen = tuple(file for file in arrows if not split or Path(str(file)).relative_to(path).parts[0] == split)
+    return DataFiles(path, "hf", chosen, tuple(sorted(splits - {split})), split)
+
+
+def _path_of(path: str, files: list[Any]) -> str:
+    """A path for some of the files below `path` alone: one file, or a glob by their suffix."""
+    if len(files) == 1:
+        return str(files[0])
+    folder = Path(path)
+    endings = {"".join(Path(str(file)).suffixes[-2:]) for file in files}
+    if not folder.is_dir() or len(endings) > 1:
+        raise DataError(
+            f"--data {path}: files of several formats lie there; give those of one format, as in {path}/*.jsonl.gz"
+        )
+    nested = any(Path(str(file)).parent != folder for file in files)
+    return str(folder / ("**" if nested else "") / f"*{endings.pop()}")
+
+
+def format_of(file: Any) -> str:
+    """text, json, parquet, hf (an Arrow stream) or binary, by the name, else by the first bytes."""
+    suffixes = [s for s in Path(str(file)).suffixes if s not in COMPRESSED]
+    if suffixes and suffixes[-1].lower() in FORMATS:
+        return FORMATS[suffixes[-1].lower()]
+    start = read_start(file, SNIFFED_BYTES)
+    if start[:4] == b"PAR1":
+        return "parquet"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(text) - 4:  # not merely a character cut in two by the end of the block
+            return "binary"
+    if b"\0" in start:
+        return "binary"
+    first = text.split(b"\n", 1)[0]
+    return "json" if first.startswith(b"{") and _parses(first) else "text"
+
+
+def read_start(file: Any, size: int) -> bytes:
+    """The first bytes of a file, unpacked. Raises DataError where it is damaged before that."""
+    content = b""
+    try:
+        with open_bytes(file) as opened:
+            for chunk in opened:
+                content += chunk
+                if len(content) >= size:
+                    break
+    except BrokenFile as error:
+        if not content:
+            raise DataError(f"{file}: {error}") from error
+    return content[:size]
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def file_size(file: Any) -> int:
+    """Bytes of a file as it is stored; 0 where that cannot be told without reading it."""
+    known = getattr(file, "size", None)
+    if known is not None:
+        return int(known)
+    return Path(file).stat().st_size if isinstance(file, (str, os.PathLike)) else 0
+
+
+def _name(file: Any) -> str:
+    return Path(str(file)).name
+
+
+def _names(files: list[Any]) -> str:
+    return ", ".join(map(_name, files[:MAX_LEFT_OUT]))
+
+
+def read_sample(data: DataFiles, *, split_on: str = "file") -> Sample:
+    """Records from the start of each of the files until SAMPLE_CHARS are read.
+
+    What cannot be read is left to the run, which counts it. Raises DataError where nothing can.
+    """
+    rows: list[dict[str, Any]] = []
+    chars = 0
+    problem = ""
+    for file in data.files:
+        for row in units_of_file(file, data.format, split_on):
+            if isinstance(row, Bad):
+                problem = problem or f"{origin(str(file), row.line)}: {row.detail}"
+                continue
+            rows.append(row)
+            chars += sum(len(value) for value in row.values() if isinstance(value, str))
+            if chars >= SAMPLE_CHARS:
+                return Sample(data, rows, exact=False, scale=max(1.0, about_chars(data.files) / chars))
+    if not rows:
+        raise DataError(f"--data {data.path}: {problem or f'there is nothing in it: {_names(list(data.files))}'}")
+    return Sample(data, rows, exact=True, scale=1.0)
+
+
+def about_chars(files: Iterable[Any]) -> int:
+    """Characters in files, JSON's own included, by their sizes on disk."""
+    packed = (*COMPRESSED, ".parquet")
+    return sum(file_size(f) * (ASSUMED_COMPRESSION if str(f).endswith(packed) else 1) for f in files)
+
+
+def units_of_file(file: Any, format: str, split_on: str) -> Iterator[dict[str, Any] | Bad]:
+    """Records of a file; of a text file its documents, under `text`; in between, what cannot be read."""
+    if format == "hf":
+        yield from _arrow_rows(file)
+        return
+    source = Source(name="data", path=str(file), format=format, split_on=split_on)
+    units = read_texts(source, source.path) if format == "text" else read_records(source, source.path, [])
+    for unit in units:
+        if isinstance(unit, RawText):
+            yield {"text": unit.text}
+        elif isinstance(unit, Record):
+            yield unit.fields
+        else:
+            yield unit
+
+
+def rows_of_file(file: Any, format: str, split_on: str) -> Iterator[dict[str, Any]]:
+    """Those of `units_of_file` that can be read."""
+    return (unit for unit in units_of_file(file, format, split_on) if not isinstance(unit, Bad))
+
+
+def _arrow_rows(file: Any) -> Iterator[dict[str, Any]]:
+    """A file of those that save_to_disk writes."""
+    try:
+        with open_bytes(file) as opened:
+            for batch in pa.ipc.open_stream(opened):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not an Arrow stream, or a damaged one: {error}") from error
+
+
+def look_at_text(path: str) -> TextLook:
+    """What a pretraining would find behind a path. Raises DataError where there is no field with text."""
+    data = data_files(path)
+    if data.format != "text":
+        sample = read_sample(data)
+        return _text_look(sample, text_field_of(sample), "file")
+    looks = []
+    for split_on in ("file", "blank_line", "line"):
+        look = _text_look(read_sample(data, split_on=split_on), "text", split_on)
+        if len(look.places) >= 40:
+            return look
+        looks.append(look)
+    return max(looks, key=lambda look: len(look.places))
+
+
+def _text_look(sample: Sample, field: str, split_on: str) -> TextLook:
+    filters, ids, places = Filters(), set(), []
+    dropped: Counter[str] = Counter()
+    num_bytes = missing = 0
+    for row in sample.rows:
+        if not isinstance(row.get(field), str):
+            missing += 1
+            continue
+        content = normalize(row[field])
+        document_id = content_id(content)
+        reason = "duplicate" if document_id in ids else drop_reason(content, filters)
+        ids.add(document_id)
+        if reason:
+            dropped[reason] += 1
+            continue
+        places.append(fraction_of(document_id))
+        num_bytes += len(content.encode())
+    return TextLook(sample, field, split_on, places, round(num_bytes * sample.scale), dict(dropped), missing)
+
+
+def text_field_of(sample: Sample) -> str:
+    """The field that holds the text: by its name, else the one with the longest strings."""
+    lengths = _mean_chars(sample)
+    if not lengths:
+        why = _chat_hint(sample) or "no field holds text"
+        raise DataError(f"--data {sample.data.path}: {why}; fields: {_listed(sample)}")
+    return next((name for name in TEXT_FIELDS if name in lengths), max(lengths, key=lambda name: lengths[name]))
+
+
+def _mean_chars(sample: Sample) -> dict[str, float]:
+    """Field -> mean length, of the fields that are strings in most records and empty in few."""
+    found = {}
+    for field in sample.fields:
+        texts = [row[field] for row in sample.rows if isinstance(row.get(field), str) and row[field].strip()]
+        if len(texts) >= USUAL_SHARE * len(sample.rows):
+            found[field] = sum(map(len, texts)) / len(texts)
+    return found
+
+
+def look_at_records(data: DataFiles) -> RecordsLook:
+    """What a fine-tuning would find in prompt/response records. Raises DataError where there are none."""
+    if data.format == "text":
+        raise DataError(
+            f"--data {data.path}: fine-tuning takes records with a prompt and a response (JSON, Parquet or datasets); "
+            f"this is plain text, which `strata init pretrain` takes"
+        )
+    sample = read_sample(data)
+    prompt, response = record_fields(sample)
+    extra = "input" if "input" in sample.fields and "input" not in (prompt, response) else ""
+    group = _group_field(sample, {prompt, response, extra})
+    ids: set[str] = set()
+    prompts: set[str] = set()
+    responses: Counter[str] = Counter()
+    places, chars, pairs = [], [], []
+    missing = duplicates = repeated = 0
+    for row in sample.rows:
+        pair = pair_of(row, prompt, response, extra)
+        if pair is None:
+            missing += 1
+            continue
+        record_id = content_id("\x00".join(pair))
+        if record_id in ids:
+            duplicates += 1
+            continue
+        ids.add(record_id)
+        repeated += pair[0] in prompts
+        prompts.add(pair[0])
+        responses[pair[1]] += 1
+        places.append(group_fraction(str(row.get(group)) if group else pair[0]))
+        chars.append(len(pair[0]) + len(pair[1]))
+        pairs.append(pair)
+    few = 2 <= len(responses) <= MAX_CLASSES and len(sample.rows) >= 5 * len(responses)
+    return RecordsLook(
+        sample, prompt, response, extra, group, places, chars, pairs[:: max(1, len(pairs) // EXAMPLES)],
+        len(responses) if few else 0, repeated, duplicates,
+        missing,
+    )  # fmt: skip
+
+
+def record_fields(sample: Sample) -> tuple[str, str]:
+    """(prompt, response): a known pair of names; else text and its class; else two strings, the shorter first."""
+    usable = {f for f in sample.fields if _is_usable(sample, f)}
+    for pair in PAIRS:
+        if usable.issuperset(pair):
+            return pair
+    lengths = _mean_chars(sample)
+    classes = [f for f in sorted(usable) if 2 <= len({str(row.get(f)) for row in sample.rows}) <= MAX_CLASSES]
+    texts = [f for f in lengths if f not in classes]
+    if len(classes) == 1 and texts and len(sample.rows) >= 5 * MAX_CLASSES:
+        return max(texts, key=lambda f: lengths[f]), classes[0]
+    if len(lengths) == 2:
+        shorter, longer = sorted(lengths, key=lambda f: lengths[f])
+        return shorter, longer
+    if hint := _chat_hint(sample):
+        raise DataError(f"--data {sample.data.path}: {hint}; fields: {_listed(sample)}")
+    raise DataError(
+        f"--data {sample.data.path}: which field is the prompt, which the response? Fields: {_listed(sample)}; known "
+        f"pairs: {', '.join('/'.join(pair) for pair in PAIRS)}. Write prompt_field and response_field into a recipe "
+        f"by hand"
+    )
+
+
+def _is_usable(sample: Sample, field: str) -> bool:
+    found = sum(_is_text(row.get(field)) and str(row[field]).strip() != "" for row in sample.rows)
+    return found >= USUAL_SHARE * len(sample.rows)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def _group_field(sample: Sample, taken: set[str]) -> str:
+    """A field of a telling name that several records share."""
+    for field in GROUP_FIELDS:
+        if field in sample.fields and field not in taken and all(field in row for row in sample.rows):
+            values = {str(row[field]) for row in sample.rows}
+            if 2 * 10 <= len(values) <= USUAL_SHARE * len(sample.rows):
+                return field
+    return ""
+
+
+def pair_of(row: dict[str, Any], prompt: str, response: str, extra: str) -> tuple[str, str] | None:
+    """A record's prompt and response as prepare makes them, or None where one is missing or empty."""
+    texts = [normalize(str(row[field])) if _is_text(row.get(field)) else "" for field in (prompt, response)]
+    if not all(texts):
+        return None
+    more = row.get(extra)
+    joined = f"{texts[0]}\n{normalize(more)}" if isinstance(more, str) and more.strip() else texts[0]
+    return joined, texts[1]
+
+
+def _listed(sample: Sample) -> str:
+    return ", ".join(sample.fields) or "none"
+
+
+def _chat_hint(sample: Sample) -> str:
+    chat = [field for field in CHAT_FIELDS if field in sample.fields]
+    return f"chat records ({chat[0]}) are not supported: turn each into a prompt and a response" if chat else ""
