@@ -1,6 +1,6 @@
 """What tracking costs a training while its MLflow server is live, absent, failing, hanging, or dies midway.
 
-    python benchmarks/tracking_overhead.py [--repeats 5] [--steps 300] [--threads 0] [--port 5575]
+    python benchmarks/tracking_overhead.py [--repeats 5] [--steps 200] [--threads 0] [--port 5575]
 
 Every training runs in a process of its own, with a training process below it as in `strata run`; arms are
 interleaved, in another order each time, and compared with the run without tracking of the same repeat. Step
@@ -31,19 +31,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ARMS = ("none", "live", "absent", "500", "hang", "dies midway")
 WARMUP = 10
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmn" for b in "aeiou" for c in "nrstlx"]
 
 
 def recipe(corpus: Path, steps: int, threads: int) -> dict[str, Any]:
-    """A small pretraining: 2 layers of 128, a few tens of milliseconds a step."""
+    """A small pretraining: 2 layers of 96, a few tens of milliseconds a step."""
     return {
         "kind": "pretrain", "name": "bench",
         "data": {"sources": [{"name": "made", "path": str(corpus), "format": "json"}], "holdout": 0.1},
         "tokenizer": {"vocab_size": 600},
         "model": {"config": {
-            "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-            "intermediate_size": 344,
+            "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "intermediate_size": 256,
         }},
         "train": {"tokens": steps * BATCH_TOKENS, "seq_len": 128, "batch_tokens": BATCH_TOKENS, "lr": 1e-3},
         "execution": {"threads": threads, "device": "cpu"},
@@ -203,7 +203,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=0, help="of the training; 0 = one per core")
     parser.add_argument("--port", type=int, default=5575, help="of the MLflow server")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)

@@ -63,22 +63,21 @@ class HomeSync:
 
     def runs(self) -> list[Synced]:
         """Complete every run that this home has a record of, oldest first."""
-        return [self._guarded(path, self._sync_run) for path in self._record_paths()]
+        paths = self._workspace.runs.glob("*.mlflow.json")
+        records = [(path, record) for path in sorted(paths) if (record := read_record(path))]
+        # an import has no recipe: it needs the registry from beginning to end, and leaves nothing to be said later
+        stages = sorted(((p, r) for p, r in records if r.recipe), key=lambda item: _order(item[1]))
+        return [self._guarded(path, self._sync_run) for path, _ in stages]
 
     def registrations(self) -> list[Synced]:
         """Do every registration that was put off, the longest waiting first, each after its parents."""
         paths = [record_path(self._workspace.runs, identity) for identity in pending_identities(self._workspace.home)]
         return [self._guarded(path, self._sync_registration) for path in paths]
 
-    def _record_paths(self) -> list[Path]:
-        paths = sorted(self._workspace.runs.glob("*.mlflow.json"))
-        records = {path: read_record(path) for path in paths}
-        return sorted(paths, key=lambda path: _order(records[path]))
-
     def _guarded(self, path: Path, action: Callable[[Path, TrackingRecord], Synced]) -> Synced:
         record = read_record(path)
         if record is None:
-            text = "its record is of an earlier version or gone; run its recipe again to have it complete"
+            text = f"{path} is gone, which says how to register it; run its recipe again"
             return Synced(path.name.partition(".")[0], problem=text)
         try:
             return action(path, record)
@@ -225,9 +224,9 @@ class HomeSync:
             recipe.finish(model.fingerprint)
 
 
-def _order(record: TrackingRecord | None) -> tuple[bool, int]:
+def _order(record: TrackingRecord) -> tuple[bool, int]:
     """Pipelines before stages, whose runs name them; then by age."""
-    return (record is not None and record.step is not None, record.started if record else 0)
+    return (record.step is not None, record.started)
 
 
 def _true_status(path: Path, record: TrackingRecord) -> str:

@@ -18,12 +18,13 @@ from fmcore.errors import TrackingError
 from fmcore.evaluation.champions import Contender
 from fmcore.planning.runs import RunRecord
 from fmcore.tracking import names, outage
-from fmcore.tracking.client import connect
+from fmcore.tracking.client import connect, experiment_id
 from fmcore.tracking.contents import log_checkpoint, log_documents, log_report, log_shards
 from fmcore.tracking.pending import noting_pending, pending_identities
 from fmcore.tracking.record import alive, change_record, read_record, record_path
 from fmcore.tracking.register import find_registered, register_model
 from fmcore.tracking.registry import champion, find_version, list_models
+from fmcore.tracking.runs import start_run
 from fmcore.tracking.session import StageTracking
 from fmcore.tracking.sync import HomeSync
 
@@ -265,17 +266,30 @@ def test_rows_of_an_unfinished_training(
     assert history(home, mlflow_run(home, path).info.run_id) == list(range(1, 21))
 
 
-def test_an_old_record_and_a_server_that_is_away_are_problems_of_their_own(
+def test_records_that_say_too_little_are_left_alone(
     fresh_home: Any, tiny: Any, corpora: dict[str, Path], nobody: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = fresh_home
     run_stage(home, tiny.pretrain(corpora["old"]), nobody, until="tokenize")
-    old = home.workspace.runs / f"{'0' * 16}.mlflow.json"
+    old = home.workspace.runs / f"{'0' * 16}.mlflow.json"  # of the first release
     old.write_text(json.dumps({"identity": "0" * 64, "run_id": "1" * 32}))
-    first, second = HomeSync(home.workspace).runs()
-    assert "run its recipe again" in first.problem
-    assert second.problem == ""
+    experiment = experiment_id(home.client, "strata", home.path)
+    imported = start_run(
+        home.client, experiment=experiment, name="import x", identity="1" * 64, tags={}, parent_run_id=None,
+        record=record_path(home.workspace.runs, "1" * 64),
+    )  # fmt: skip
+    imported.finish("FINISHED")
+    [synced] = HomeSync(home.workspace).runs()
+    assert (synced.name, synced.problem) == ("pretrain plays", "")
+    assert home.client.get_run(imported.run_id).info.status == "FINISHED"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody)
-    outage.breaker_of.cache_clear()
-    assert "does not answer" in HomeSync(home.workspace).runs()[1].problem
-    assert old.exists()
+    [away] = HomeSync(home.workspace).runs()
+    assert "does not answer" in away.problem
+
+
+def test_a_registration_whose_record_is_gone_says_so(fresh_home: Any) -> None:
+    note = fresh_home.path / "pending" / f"{'2' * 16}.json"
+    note.parent.mkdir()
+    note.write_text(json.dumps({"identity": "2" * 64}))
+    [put_off] = HomeSync(fresh_home.workspace).registrations()
+    assert "run its recipe again" in put_off.problem
