@@ -23,7 +23,9 @@ SHAPE = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SHAPE},
     "llama-grouped": {"model_type": "llama", **SHAPE, "num_key_value_heads": 1},
+    "qwen2": {"model_type": "qwen2", **{name: value for name, value in SHAPE.items() if name != "head_dim"}},
     "qwen3": {"model_type": "qwen3", **SHAPE},
+    "gemma3": {"model_type": "gemma3_text", **SHAPE, "sliding_window": 16, "query_pre_attn_scalar": 16},
     "gpt2": {
         "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": SEQ_LEN,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,

@@ -100,20 +100,16 @@ def test_the_gate_where_the_champion_is_imported(
     fresh_home: Any, tiny: Any, corpora: dict[str, Path], folder: Path
 ) -> None:
     """It has no report of its own; it is scored on the contender's sets. And a person may promote over it."""
-    changes = {
-        "parent": str(folder),
-        "replay": {"fraction": 0},
-        "train": {"tokens": 256, "batch_tokens": 256, "lr": 1.0},
-    }
-    worse = fresh_home.run(tiny.continued(corpora["new"], **changes))
+    changes = {"parent": str(folder), "replay": {"fraction": 0}}
+    worse = fresh_home.run(tiny.continued(corpora["new"], **changes) | {"train": {"tokens": 256, "batch_tokens": 256}})
     assert worse.uri == "mine/2"
     assert worse.verdict in ("REJECT", "PROMOTE", "HOLD", "INCONCLUSIVE")
     assert worse.predecessor == fresh_home.store.get(worse.parents["parent"], RegisteredModel).fingerprint
     imported = fresh_home.store.get(worse.parents["parent"], RegisteredModel)
     promote(fresh_home.client, imported, "back to what it was", lock=fresh_home.path / "lock")
     assert champion(fresh_home.client, "mine").version == 1
-    another = fresh_home.run(tiny.continued(corpora["old"], parent="mine@champion", replay={"fraction": 0}))
-    assert another.uri == "mine/3"
+    task_model = fresh_home.run(recipe(tiny, corpora, "mine@champion"))
+    assert task_model.parents["parent"] == imported.fingerprint
 
 
 def test_load_opens_all_kinds(fresh_home: Any, tiny: Any, corpora: dict[str, Path], folder: Path) -> None:
