@@ -38,11 +38,16 @@ def parquet_rows(path: str, required: list[str], *, rest: bool) -> Iterator[Row]
         if bad:
             yield "", bad
             return
-        size = sum(
-            file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)
-        ) // max(1, file.metadata.num_rows)
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, size)))
-        yield from _numbered(file.iter_batches(batch_size=rows, columns=columns, use_threads=False))
+        yield from _numbered(_batches(file, columns))
+
+
+def _batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[Any]:
+    """Row group by row group, so that a damaged one costs no row before it; few rows where rows are long."""
+    for group in range(file.num_row_groups):
+        about = file.metadata.row_group(group)
+        rows = BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)
+        size = min(BATCH_ROWS, max(1, rows))
+        yield from file.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False)
 
 
 def hf_rows(

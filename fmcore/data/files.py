@@ -7,8 +7,6 @@ first bytes, so that its name decides nothing.
 import glob
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ WEB = ("http", "https")
 # what a driver tells of an object that changes whenever its bytes do, the best first
 ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5")
 TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime", "updated")
-DRIVERS = {"s3fs": "pip install 'strata[s3]'"}
+DRIVERS = {"s3": "pip install 'strata[s3]'", "s3a": "pip install 'strata[s3]'"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _digest(file: SourceFile, name: str, digests: DigestCache) -> str:
 
 def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with open_stored(path) as file:
+    with _open_stored(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -161,49 +159,37 @@ def open_bytes(file: SourceFile | Path | str) -> Unpacked:
 
 def open_stored(path: str) -> BinaryIO:
     """Open a file's bytes as they are stored, to be read once from start to end."""
-    with _reaching(path, "source"):
-        if not is_url(path):
-            return Path(path).open("rb")
-        filesystem, inner = _filesystem(path)
-        return cast(BinaryIO, filesystem.open(inner, "rb", block_size=0 if _protocol(path) in WEB else BLOCK_BYTES))
+    with _reaching(path):
+        return _open_stored(path)
 
 
-def open_seekable(path: str) -> BinaryIO:
-    """Open a file's bytes as they are stored, to be read in any order; where a server cannot, from a copy."""
-    with _reaching(path, "source"):
-        if not is_url(path):
-            return Path(path).open("rb")
-        filesystem, inner = _filesystem(path)
-        file = filesystem.open(inner, "rb", block_size=BLOCK_BYTES)
-        if file.seekable() and file.size is not None:
-            return cast(BinaryIO, file)
-        copy = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
-        with file:
-            shutil.copyfileobj(file, copy, CHUNK_BYTES)
-        copy.seek(0)
-        return cast(BinaryIO, copy)
+def _open_stored(path: str) -> BinaryIO:
+    if not is_url(path):
+        return Path(path).open("rb")
+    filesystem, inner = _filesystem(path)
+    return cast(BinaryIO, filesystem.open(inner, "rb", block_size=0 if _protocol(path) in WEB else BLOCK_BYTES))
 
 
 @contextmanager
-def _reaching(path: str, field: str) -> Iterator[None]:
-    """Turns whatever a driver raises into one message that names the path."""
+def _reaching(path: str, field: str = "") -> Iterator[None]:
+    """Turns whatever a driver raises into one message that names the path, and the field that gave it."""
+    where = f"{field}: " if field else ""
     try:
         yield
     except DataError:
         raise
     except ImportError as error:
-        missing = error.name or _protocol(path)
-        remedy = DRIVERS.get(missing, f"pip install the package it names ({error})")
-        raise DataError(f"{field}: {path} needs a driver that is not installed: {remedy}") from error
+        remedy = DRIVERS.get(_protocol(path), str(error))
+        raise DataError(f"{where}{path} needs a driver that is not installed: {remedy}") from error
     except OSError as error:
         cause = error.__cause__ or error
         why = error.strerror or str(cause) or type(cause).__name__
-        raise DataError(f"{field}: cannot read {path}: {why}") from error
+        raise DataError(f"{where}cannot read {path}: {why}") from error
     except Exception as error:
         if not is_url(path):
             raise
         # each driver has exceptions of its own, and all of them say that the path cannot be read
-        raise DataError(f"{field}: cannot read {path}: {error or type(error).__name__}") from error
+        raise DataError(f"{where}cannot read {path}: {error or type(error).__name__}") from error
 
 
 def _protocol(path: str) -> str:

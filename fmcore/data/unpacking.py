@@ -137,11 +137,11 @@ class _Counted(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        if self._ahead:
-            size = size if size >= 0 else len(self._ahead)
-            data, self._ahead = self._ahead[:size], self._ahead[size:]
+        ahead, self._ahead = self._ahead, b""
+        if 0 <= size < len(ahead):
+            data, self._ahead = ahead[:size], ahead[size:]
         else:
-            data = self._take(size)
+            data = ahead + self._take(size - len(ahead) if size >= 0 else -1)
         self.count += len(data)
         return data
 

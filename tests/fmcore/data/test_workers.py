@@ -108,9 +108,7 @@ def _kill_first_child() -> None:
 def test_a_process_that_dies_is_one_error(corpus: Path, tmp_path: Path) -> None:
     killer = threading.Thread(target=_kill_first_child)
     killer.start()
-    with pytest.raises(
-        pool.WorkerError, match=r"was ended by SIGKILL; if memory ran out, set execution\.workers lower"
-    ):
+    with pytest.raises(pool.WorkerError, match=r"was ended by SIGKILL; if memory ran out, set execution\.work"):
         prepare(data(corpus), tmp_path / "home", 2)
     killer.join()
     assert children() == []

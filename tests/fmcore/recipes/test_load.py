@@ -369,3 +369,22 @@ def test_every_path_field_is_read_from_the_recipes_folder(load: Load, tmp_path: 
 
 def test_an_empty_path_stays_empty(load: Load) -> None:
     assert load(QA).data.tasks[0].eval_path == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "format", "read"),
+    [
+        ("s3://bucket/in/*.jsonl", "json", "s3://bucket/in/*.jsonl"),
+        ("https://example.org/a.txt", "text", "https://example.org/a.txt"),
+        ("zip://a.txt::s3://bucket/b.zip", "text", "zip://a.txt::s3://bucket/b.zip"),
+        ("owner/name", "hf", "owner/name"),
+        ("owner/name", "json", "{}/owner/name"),
+        ("./owner/name", "hf", "{}/owner/name"),
+        ("here/saved", "hf", "{}/here/saved"),
+    ],
+)
+def test_addresses_and_names_on_the_hub_stay_as_they_are(tmp_path: Path, given: str, format: str, read: str) -> None:
+    (tmp_path / "here" / "saved").mkdir(parents=True)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"kind: pretrain\nname: x\ndata: {{sources: [{{name: a, path: '{given}', format: {format}}}]}}\n")
+    assert load_recipe(recipe).data.sources[0].path == read.format(tmp_path)

@@ -1,6 +1,7 @@
 """Documents -> TokenShards: what is written, what is refused, and what its identity is."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -182,3 +183,37 @@ def test_a_loaded_tokenizers_identity_is_its_files(saved: Tokenizer, tmp_path: P
 def test_a_tokenizer_folder_without_one_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.path: .* holds no tokenizer\.json"):
         fingerprint(Tokenizer(path=str(tmp_path)))
+
+
+# ---- threads and memory
+
+
+def test_any_number_of_threads_makes_the_same_shards(documents: Documents, saved: Tokenizer, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    made = []
+    for workers in (1, 2, 0):
+        store = Store(tmp_path / f"threads{workers}")
+        step = shards_step("x", documents.fingerprint, saved, None, None)
+        made.append(tokenize_documents(step, documents, saved, None, store, workers=workers))
+    assert len({(shards.path / "a" / "tokens.bin").read_bytes() for shards in made}) == 1
+    assert dict(os.environ) == before
+
+
+def test_long_documents_are_encoded_a_few_at_a_time() -> None:
+    rows = [{"content": "x" * size} for size in (10, module.BATCH_CHARS, 5, 5)] + [{"content": "x"}] * 300
+    assert [len(batch) for batch in module._batches(iter(rows))] == [2, 256, 46]
+
+
+def test_a_tokenizer_is_trained_on_a_sample_of_bounded_size(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = list(module._contents(documents))
+    assert module.sample_share(documents, 320) == 1.0
+    assert len(everything) == documents.num_train
+    monkeypatch.setattr(module, "SAMPLE_BYTES_PER_ENTRY", sum(documents.counts["train_bytes"].values()) / 320 / 2)
+    share = module.sample_share(documents, 320)
+    assert share == pytest.approx(0.5)
+    sample = list(module._contents(documents, share))
+    assert 0.2 * len(everything) < len(sample) < 0.8 * len(everything)
+    assert sample == list(module._contents(documents, share))
+    assert set(sample) < set(everything)
