@@ -25,6 +25,8 @@ EVAL_NAMES = ("test", "eval", "validation", "valid", "dev", "val")
 MAX_TASKS = 60
 MAX_UPS = 2  # `..`s in a path that still reads as "near the recipe"
 TEMPLATE_TOKENS = 12  # that the chat template adds to a record
+GENERATED_TOKENS = 20_000  # in evaluating free answers, as many as in a few minutes on two cores
+MIN_SCORED = 20  # what the gate needs to decide (gate.min_documents)
 TEMPLATE_MARKS = 8  # those of them that are no words
 FITTING_SHARE = 0.9  # of the records that should fit into seq_len
 MAX_STRETCH = 4  # times the parent's context that records may take up
@@ -222,6 +224,8 @@ class Draft:
                 f"  seq_len: {seq_len}", f"tokens; about {100 * fitting:.0f} % of the records fit, the rest is left out"
             )
             yield Line(f"  batch_tokens: {batch_for(budget, seq_len, max(4096, 4 * seq_len))}")
+        if num_scored := _scored_answers(looks, longest):
+            yield Line(f"evaluate: {{max_examples: {num_scored}}}", "per task; free answers take long to generate")
 
     def _parent_shape(self, parent: str) -> Shape | None:
         """The parent's shape where the home or a folder has it; nobody is asked over the network."""
@@ -253,6 +257,14 @@ def _token_sizes(looks: list[RecordsLook], shape: Shape | None) -> tuple[float, 
     num_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
     template = len(tokenizer.encode("user\nassistant\n", add_special_tokens=False).ids) + TEMPLATE_MARKS
     return sum(map(len, texts)) / max(1, num_tokens), template
+
+
+def _scored_answers(looks: list[RecordsLook], seq_len: float) -> int:
+    """How many held-out records are worth the time that their answers take to generate; 0 where they are chosen."""
+    free = [look for look in looks if not look.num_classes]
+    if not free:
+        return 0
+    return min(1000, max(MIN_SCORED, int(GENERATED_TOKENS / seq_len / len(free)) // 10 * 10))
 
 
 def _long_enough(lengths: list[float]) -> float:
