@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
+from fmcore.data.files import SourceFile
 from fmcore.data.look import DataFiles, RecordsLook, Sample, TextLook, data_files, look_at_records, look_at_text
 from fmcore.errors import DataError, UserInputError
 from fmcore.model.presets import PRESETS, estimate_parameters
 from fmcore.planning.explain import BYTES_PER_TOKEN
 from fmcore.planning.shape import Shape, parent_shape
 from fmcore.planning.sizes import BUDGET_S, batch_for, holdout_for, pretrain_sizes, rounded, usual_rate
-from fmcore.recipes.fields import Task, TextData
+from fmcore.recipes.fields import Task
 
 GENERIC_NAMES = re.compile(
     r"^(train|training|data|dataset|input|part|shard|all|index|documents)[-_.\d]*$", re.IGNORECASE
@@ -76,8 +76,8 @@ class Draft:
             lines += self._source(source, look)
         num = sum(sum(place < holdout for place in look.places) * look.sample.scale for look in looks)
         lines.append(Line(f"  holdout: {holdout:g}", f"of the documents, by content: {_about(looks)}{num:,.0f} here"))
-        if any(look.missing for look in looks) and "on_bad_input" in TextData.model_fields:
-            lines.append(Line("  on_bad_input: quarantine", "records without text are set aside, not fatal"))
+        if any(look.missing or look.sample.problems for look in looks):
+            lines.append(Line("  on_bad_input: quarantine", "what has no text is set aside, not fatal"))
         num_bytes = sum(look.num_bytes for look in looks)
         return [*lines, *(self._continue_sizes(num_bytes) if parent else self._pretrain_sizes(name, num_bytes))]
 
@@ -139,7 +139,7 @@ class Draft:
         for task, look, eval_path in tasks:
             lines += self._task(task, look, eval_path)
         looks = [look for _, look, _ in tasks]
-        if any(look.missing for look in looks):
+        if any(look.missing or look.sample.problems for look in looks):
             lines.append(Line("  on_bad_input: quarantine", "records without prompt or response are set aside"))
         return [*lines, *self._finetune_sizes(looks, shape)]
 
@@ -305,7 +305,7 @@ def _one_per_task(data: DataFiles) -> list[tuple[DataFiles, str]]:
     """(files, eval_path) for each task: a file each, unless they are numbered parts or splits of one."""
     stems = {_stem(file) for file in data.files}
     if len(data.files) == 1 or data.format == "hf" or len({re.sub(r"\d+", "#", stem) for stem in stems}) == 1:
-        nested = len({Path(str(file)).parent for file in data.files}) == len(data.files) > 1
+        nested = len({Path(file.path).parent for file in data.files}) == len(data.files) > 1
         if not nested:
             return [(data, "")]
     held_out = [file for file in data.files if _is_evaluation(_stem(file))]
@@ -315,7 +315,7 @@ def _one_per_task(data: DataFiles) -> list[tuple[DataFiles, str]]:
     return [(DataFiles(str(file), data.format, (file,)), "") for file in data.files]
 
 
-def _stem(file: Any) -> str:
+def _stem(file: SourceFile) -> str:
     return Path(str(file)).name.split(".")[0].lower()
 
 
@@ -353,6 +353,8 @@ def _seen(sample: Sample) -> Iterator[str]:
     fields = f"; fields: {_joined(sample.fields)}" if sample.data.format != "text" else ""
     about = "" if sample.exact else "about "
     yield f"{files}{about}{sample.num_records:,} {what}, {_size(chars)}{fields}"
+    if sample.problems:
+        yield f"{len(sample.problems):,} cannot be read, the first: {sample.problems[0]}"
     if sample.data.left_out:
         yield f"left out, of another format: {_joined(list(sample.data.left_out))}"
 

@@ -8,6 +8,7 @@ StrataError                1   something failed
 ├── StoreError             1   the artifact store
 │   └── IntegrityError         bytes that do not match their recorded sha256
 ├── TrainingError          1   the training or evaluation process failed
+├── WorkerError            1   a process that reads or encodes data failed
 ├── TrackingError          1   the MLflow server or registry cannot be reached
 └── Interrupted           75   stopped on request; the same command resumes
 """
@@ -47,6 +48,10 @@ class IntegrityError(StoreError):
 
 class TrainingError(StrataError):
     """The training or evaluation process ended without its result."""
+
+
+class WorkerError(StrataError):
+    """A process that reads data ended without its result."""
 
 
 class TrackingError(StrataError):

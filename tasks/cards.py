@@ -15,22 +15,22 @@ from tasks.context import Stage
 
 
 def show_counts(documents: Documents) -> None:
-    """A table: per source what was read, kept, held out and dropped, and why."""
+    """A table: per source what was read, kept, held out, dropped and quarantined, and why."""
     counts = documents.counts
     rows = []
     for source in counts["read"]:
-        dropped = counts["dropped"].get(source, {})
+        reasons = {what: counts.get(what, {}).get(source, {}) for what in ("dropped", "quarantined")}
         rows.append(
             {
                 "source": source,
                 "read": counts["read"][source],
                 "train": counts["train"].get(source, 0),
                 "held out": counts["heldout"].get(source, 0),
-                "dropped": sum(dropped.values()),
-                "reasons": ", ".join(f"{reason} {n}" for reason, n in dropped.items()),
+                **{what: sum(found.values()) for what, found in reasons.items()},
+                "reasons": ", ".join(f"{reason} {n}" for found in reasons.values() for reason, n in found.items()),
             }
         )
-    create_table_artifact(rows, key="data-counts", description="Documents read, kept, held out and dropped")
+    create_table_artifact(rows, key="data-counts", description="Read = train + held out + dropped + quarantined")
 
 
 def start_progress() -> UUID:

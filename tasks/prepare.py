@@ -3,10 +3,11 @@
 from prefect import task
 
 from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.data.accounts import account, quarantine_notes
 from fmcore.data.prepare import prepare_documents, source_rows
 from fmcore.recipes.fields import TaskData, TextData
 from tasks.cards import show_counts
-from tasks.context import current_stage, finished
+from tasks.context import current_stage, finished, logger
 
 
 @task(name="prepare")
@@ -14,7 +15,10 @@ def prepare(data: TextData | TaskData, parent: RegisteredModel | None) -> Docume
     """Read, clean, deduplicate and split; with a parent, keep only what its weights have not seen."""
     stage = current_stage()
     hit = stage.store.find(stage.steps.documents, Documents)
-    documents = hit or prepare_documents(stage.steps.documents, data, parent, stage.store)
+    workers = stage.recipe.execution.workers
+    documents = hit or prepare_documents(stage.steps.documents, data, parent, stage.store, workers=workers)
+    for line in (*account(documents.counts), *quarantine_notes(documents)):
+        logger.info("%s", line)
     stage.tracking.log(lambda run: run.log_sources(source_rows(documents, data)))
     stage.tracking.log(lambda run: run.log_counts({k: v for k, v in documents.counts.items() if k != "choices"}))
     show_counts(documents)

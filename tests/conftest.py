@@ -182,7 +182,9 @@ class Home:
         from fmcore.data.prepare import prepare_documents
 
         stage = self.resolve(recipe)
-        return prepare_documents(stage.steps.documents, stage.recipe.data, stage.parent, self.store)
+        return prepare_documents(
+            stage.steps.documents, stage.recipe.data, stage.parent, self.store, workers=stage.recipe.execution.workers
+        )
 
     def shards(self, recipe: dict[str, Any]) -> TokenShards:
         """Run the first two steps."""
@@ -190,7 +192,10 @@ class Home:
         from fmcore.tokens.tokenize import tokenize_documents
 
         documents, stage = self.documents(recipe), self.resolve(recipe)
-        return tokenize_documents(stage.steps.shards, documents, tokenizer_of(stage.recipe), stage.parent, self.store)
+        return tokenize_documents(
+            stage.steps.shards, documents, tokenizer_of(stage.recipe), stage.parent, self.store,
+            workers=stage.recipe.execution.workers,
+        )  # fmt: skip
 
     def spec(self, recipe: dict[str, Any]) -> Any:
         """The spec of the training."""

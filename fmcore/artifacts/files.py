@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def read_json(path: Path) -> Any:
 class DigestCache:
     """Remembers a file's sha256 by path, size and mtime, so that a second look costs a stat.
 
+    What lies behind an address is remembered by a stamp its server gives, such as an ETag.
     `rehash=True` mistrusts what is remembered and reads every file again.
     """
 
@@ -85,11 +87,19 @@ class DigestCache:
     def sha256(self, path: Path) -> str:
         """The file's digest, from the cache where size and mtime still match."""
         stat = path.stat()
-        known = self._entries.get(str(path))
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(known[2])
-        digest = sha256_file(path)
-        self._entries[str(path)] = self._learnt[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+        return self.remembered(str(path), [stat.st_size, stat.st_mtime_ns], lambda: sha256_file(path))
+
+    def remembered(self, key: str, stamp: list[Any], read: Callable[[], str]) -> str:
+        """The digest known for `key` while its stamp is the same, else what `read` returns.
+
+        What has no stamp is read every time.
+        """
+        known = self._entries.get(key)
+        if stamp and known and known[:-1] == stamp:
+            return str(known[-1])
+        digest = read()
+        if stamp:
+            self._entries[key] = self._learnt[key] = [*stamp, digest]
         return digest
 
     def save(self) -> None:

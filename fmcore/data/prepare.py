@@ -2,29 +2,29 @@
 
 Text is read, normalised, filtered, deduplicated by content and split by content hash; prompt/response
 records likewise, split by group. With a parent, what its weights have seen and what any ancestor held out
-is dropped. Whatever is dropped stays readable, with its reason, in `dropped.parquet`.
+is dropped. Whatever is dropped stays readable, with its reason, in `dropped.parquet`, and what could not be
+read in `quarantine.parquet`.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fmcore.artifacts.ancestry import checkpoint_of, held_out_ids
-from fmcore.artifacts.files import DigestCache, canonical_json, sha256_text
+from fmcore.artifacts.files import DigestCache, sha256_text
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, Documents, RegisteredModel
+from fmcore.data.accounts import Accounts
 from fmcore.data.dedup import SeenIds
-from fmcore.data.files import files_by_digest
-from fmcore.data.filters import drop_reason
 from fmcore.data.holdout import HoldoutCheck, fraction_of
 from fmcore.data.ledger import Ledger
-from fmcore.data.normalize import content_id, normalize
-from fmcore.data.reading import RawText, read_source
 from fmcore.data.records import prepare_records, task_identity
-from fmcore.data.tables import DOCUMENTS, DROPPED, TableWriter
+from fmcore.data.sources import data_identity, settings_identity, shards_of
+from fmcore.data.tables import DOCUMENTS, TableWriter
+from fmcore.data.units import Shard, Unit, reading_shards
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source, TaskData, TextData
 
@@ -48,23 +48,29 @@ def documents_step(name: str, data: TextData | TaskData, parent: str | None, dig
         above = {"parent": parent} if parent else {}
     else:
         config = {"tasks": [task_identity(task, digests) for task in data.tasks]}
+    if data.on_bad_input != "stop":
+        config["on_bad_input"] = data.on_bad_input
     digests.save()
     return Step("documents", name, config, above, CODE_VERSION)
 
 
 def _source_identity(source: Source, digests: DigestCache) -> dict[str, Any]:
-    identity = source.model_dump(exclude={"path", "weight", "max_epochs"})  # those two belong to training
-    return {**identity, "files": [digest for digest, _ in files_by_digest(source.path, source.name, digests)]}
+    return {**settings_identity(source), "files": data_identity(source, source.path, digests)}
 
 
-def prepare_documents(step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store) -> Documents:
-    """Build the documents of `step`. Raises DataError for what cannot be read or is too little."""
+def prepare_documents(
+    step: Step, data: TextData | TaskData, parent: RegisteredModel | None, store: Store, *, workers: int = 0
+) -> Documents:
+    """Build the documents of `step`. Raises DataError for what cannot be read or is too little.
+
+    workers: processes that read; 0 = as many as pay off. The result is the same for any number.
+    """
 
     def builder(building: Building) -> Fields:
         if isinstance(data, TextData):
-            fields = _prepare_text(building.path, data, Ancestors(store, parent), store.digests)
+            fields = _prepare_text(building.path, data, Ancestors(store, parent), store.digests, workers)
         else:
-            fields = prepare_records(building.path, data, store.digests)
+            fields = prepare_records(building.path, data, store.digests, workers)
         above = step.parents.get("parent")
         if documents_step(step.name, data, above, store.digests).fingerprint != step.fingerprint:
             raise DataError("a source's files have changed while they were read; run the same command again")
@@ -96,52 +102,36 @@ def _start_ledger(checkpoint: Checkpoint) -> Ledger:
 class _Split:
     """Writes documents to the side they belong on, and counts them."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, accounts: Accounts) -> None:
         self._folder = folder
         self._stack = stack
         self._writers: dict[tuple[str, str], TableWriter] = {}
-        self._dropped = stack.enter_context(TableWriter(folder / "dropped.parquet", DROPPED))
-        self.read: Counter[str] = Counter()
-        self.kept: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
-        self.dropped: dict[str, Counter[str]] = defaultdict(Counter)
+        self.accounts = accounts
         self.bytes: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
 
-    def keep(self, side: str, source: str, document_id: str, content: str, metadata: dict[str, Any]) -> None:
+    def keep(self, side: str, source: str, unit: Unit) -> None:
         if (side, source) not in self._writers:
             writer = TableWriter(self._folder / side / f"{source}.parquet", DOCUMENTS)
             self._writers[side, source] = self._stack.enter_context(writer)
         self._writers[side, source].add(
-            id=document_id, source=source, modality="text", content=content, metadata=canonical_json(metadata)
+            id=unit.id, source=source, modality="text", content=unit.text, metadata=unit.metadata
         )
-        self.kept[side][source] += 1
-        self.bytes[side][source] += len(content.encode())
-
-    def drop(self, source: str, origin: str, reason: str, content: str) -> None:
-        self._dropped.add(
-            source=source, origin=origin, reason=reason, content=content.encode("utf-8", "replace").decode()
-        )
-        self.dropped[source][reason] += 1
+        self.accounts.kept[side][source] += 1
+        self.bytes[side][source] += len(unit.text.encode())
 
     def counts(self) -> dict[str, Any]:
-        return {
-            "read": dict(self.read),
-            "train": dict(self.kept["train"]),
-            "heldout": dict(self.kept["heldout"]),
-            "dropped": {source: dict(sorted(reasons.items())) for source, reasons in self.dropped.items()},
-            "train_bytes": dict(self.bytes["train"]),
-            "heldout_bytes": dict(self.bytes["heldout"]),
-        }
+        sizes = {f"{side}_bytes": dict(sizes) for side, sizes in self.bytes.items()}
+        return {**self.accounts.counts(), **sizes}
 
 
-def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: DigestCache) -> Fields:
+def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: DigestCache, workers: int) -> Fields:
+    sources = [*data.eval_sources, *data.sources]
+    shards = [shard for source in sources for shard in shards_of(source, source.path, digests, data.filters)]
     with ExitStack() as stack:
-        split = _Split(folder, stack)
+        split = _Split(folder, stack, stack.enter_context(Accounts(folder, stop=data.on_bad_input == "stop")))
         evaluated = stack.enter_context(SeenIds(folder / "evaluated.sqlite"))
         kept = stack.enter_context(SeenIds(folder / "kept.sqlite"))
         held_out = ancestors.held_out_ids()
-        for source in data.eval_sources:
-            rows = read_source(source, _paths(source, digests))
-            _split_source(source.name, rows, data, split, kept=evaluated, forbidden=lambda _: None, holdout=1.0)
 
         def forbidden(document_id: str) -> str | None:
             if document_id in evaluated:
@@ -150,38 +140,43 @@ def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: D
                 return "heldout_by_ancestor"
             return "seen" if ancestors.has_seen(document_id) else None
 
-        for source in data.sources:
-            rows = read_source(source, _paths(source, digests))
-            _split_source(source.name, rows, data, split, kept=kept, forbidden=forbidden, holdout=data.holdout)
+        checks = {source.name: HoldoutCheck(f"source {source.name}", data.holdout) for source in data.sources}
+        reading = stack.enter_context(reading_shards(shards, folder, workers, stop=data.on_bad_input == "stop"))
+        for shard, units in reading:
+            check = checks.get(shard.block.name)
+            if check is None:
+                _split_shard(shard, units, split, kept=evaluated, forbidden=lambda _: None, is_heldout=lambda _: True)
+            else:
+                _split_shard(shard, units, split, kept=kept, forbidden=forbidden, is_heldout=check.is_heldout)
+        for source, check in checks.items():
+            # what an ancestor held out of this source is evaluated on too, in the ancestor's own set
+            by_ancestors = split.accounts.dropped.get(source, Counter())["heldout_by_ancestor"]
+            check.check(split.accounts.kept["heldout"][source] + by_ancestors, setting="data.holdout")
+        split.accounts.check_any()
         counts = split.counts()
-    if not any(counts["read"].values()):
-        raise DataError("the sources hold no documents: every file is empty")
     return {"form": "text", "sources": [s.name for s in data.sources], "counts": counts}
 
 
-def _paths(source: Source, digests: DigestCache) -> list[Path]:
-    return [path for _, path in files_by_digest(source.path, source.name, digests)]
-
-
-def _split_source(
-    source: str, rows: Iterable[RawText], data: TextData, split: _Split, *, kept: SeenIds,
-    forbidden: Callable[[str], str | None], holdout: float,
+def _split_shard(
+    shard: Shard, units: Iterable[Unit], split: _Split, *, kept: SeenIds, forbidden: Callable[[str], str | None],
+    is_heldout: Callable[[float], bool],
 ) -> None:  # fmt: skip
-    check = HoldoutCheck(f"source {source}", holdout)
-    for raw in rows:
-        split.read[source] += 1
-        content = normalize(raw.text)
-        document_id = content_id(content)
-        duplicate = None if kept.add(document_id) else "duplicate"
-        reason = duplicate or drop_reason(content, data.filters) or forbidden(document_id)
-        if reason:
-            split.drop(source, raw.origin, reason, content)
-            continue
-        side = "heldout" if check.is_heldout(fraction_of(document_id)) else "train"
-        split.keep(side, source, document_id, content, raw.metadata)
-    # what an ancestor held out of this source is evaluated on too, in the ancestor's own set
-    by_ancestors = split.dropped[source]["heldout_by_ancestor"] if source in split.dropped else 0
-    check.check(split.kept["heldout"][source] + by_ancestors, setting="data.holdout")
+    source, accounts = shard.block.name, split.accounts
+    for unit in units:
+        accounts.read[source] += 1
+        if unit.bad:
+            accounts.set_aside(source, shard.path, unit)
+        elif reason := _drop_reason(unit, kept, forbidden):
+            accounts.drop(source, shard.path, unit, reason)
+        else:
+            split.keep("heldout" if is_heldout(fraction_of(unit.id)) else "train", source, unit)
+
+
+def _drop_reason(unit: Unit, kept: SeenIds, forbidden: Callable[[str], str | None]) -> str | None:
+    if unit.dropped == "empty":  # the second one is empty, too, before it is a duplicate
+        return unit.dropped
+    duplicate = None if kept.add(unit.id) else "duplicate"
+    return duplicate or unit.dropped or forbidden(unit.id)
 
 
 def source_rows(documents: Documents, data: TextData | TaskData) -> list[tuple[str, str, str, str]]:

@@ -22,6 +22,11 @@ RECORDS = pa.schema(
 DROPPED = pa.schema(
     [("source", pa.string()), ("origin", pa.string()), ("reason", pa.string()), ("content", pa.string())]
 )
+# line: `12`, `[3]` of a list, `row 7` of a table, `byte 9000` of a file that cannot be read on; empty = all of it
+QUARANTINE = pa.schema(
+    [("source", pa.string()), ("file", pa.string()), ("line", pa.string()), ("reason", pa.string()),
+     ("detail", pa.string()), ("excerpt", pa.string())]
+)  # fmt: skip
 
 
 class TableWriter:
@@ -63,7 +68,7 @@ class TableWriter:
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table, batch by batch."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-            yield from batch.to_pylist()
+    """The rows of a table, one row group in memory at a time."""
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        for group in range(file.num_row_groups):
+            yield from file.read_row_group(group, columns=columns, use_threads=False).to_pylist()

@@ -22,8 +22,8 @@ from fmcore.artifacts.types import (
     Documents,
     TokenShards,
 )
-from fmcore.data.files import find_files
-from fmcore.data.look import about_chars
+from fmcore.data.look import ASSUMED_COMPRESSION
+from fmcore.data.sources import total_bytes
 from fmcore.planning.memory import Memory, estimate_memory
 from fmcore.planning.shape import Shape, shape_of, trainable_parameters
 from fmcore.planning.steps import StageSteps
@@ -179,8 +179,9 @@ def _guess_tokens(recipe: StageRecipe, steps: StageSteps, store: Store) -> int:
     if documents and "train_bytes" in documents.counts:
         return int(sum(documents.counts["train_bytes"].values()) / BYTES_PER_TOKEN)
     sources = recipe.data.sources if isinstance(recipe.data, TextData) else recipe.data.tasks
-    files = [path for source in sources for path in find_files(source.path, field=source.name)]
-    return int(about_chars(files) / BYTES_PER_TOKEN)
+    packed = (".gz", ".zst", ".parquet")
+    sizes = [total_bytes(s) * (ASSUMED_COMPRESSION if s.path.endswith(packed) else 1) for s in sources]
+    return int(sum(sizes) / BYTES_PER_TOKEN)
 
 
 def flops_rate(parameters: int, store: Store) -> tuple[float, str]:

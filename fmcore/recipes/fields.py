@@ -10,6 +10,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+SPLIT_PATTERN = r"^[A-Za-z0-9_.-]+$"  # a plain name: slices such as train[:10%] are refused
+PATH_HELP = (
+    "A file, a folder or a glob, local or an address (s3://, https://); .gz and .zst are read as they are. "
+    "hf: a folder of save_to_disk, files that `datasets` can load, or a name on the hub."
+)
+SPLIT_HELP = "hf: the split to read."
+CONFIG_HELP = "hf: which configuration of the data set; empty = its default."
+REVISION_HELP = "hf: branch, tag or commit of a data set on the hub; empty = the newest."
+OnBadInput = Literal["stop", "quarantine"]
+ON_BAD_INPUT_HELP = (
+    "What cannot be read (broken JSON, a missing field, bytes that are no UTF-8): stop at the first, or set it "
+    "aside in quarantine.parquet and go on."
+)
 
 
 class Block(BaseModel):
@@ -22,9 +35,11 @@ class Source(Block):
     """Where text documents come from."""
 
     name: str = Field(pattern=NAME_PATTERN, description="Name of the source in metrics and counts.")
-    path: str = Field(description="A file, a folder or a glob; .gz and .zst are read as they are.")
-    format: Literal["text", "json"] = Field("text", description="text, or json (JSON lines or one JSON list).")
-    text_field: str = Field("text", description="json: the field that holds the text.")
+    path: str = Field(description=PATH_HELP)
+    format: Literal["text", "json", "parquet", "hf"] = Field(
+        "text", description="text, json (JSON lines or one JSON list), parquet, or hf (a Hugging Face data set)."
+    )
+    text_field: str = Field("text", description="json, parquet, hf: the field or column that holds the text.")
     split_on: Literal["file", "blank_line", "line"] = Field(
         "file",
         description="text: what ends a document. A file over 64 KiB is cut at blank lines into documents of "
@@ -34,6 +49,14 @@ class Source(Block):
         0, ge=0, description="Share of the training samples, relative to the other sources; 0 = by tokens."
     )
     max_epochs: float = Field(0, ge=0, description="Refuse to repeat this source more often than this; 0 = no limit.")
+    split: str = Field("train", pattern=SPLIT_PATTERN, description=SPLIT_HELP)
+    config_name: str = Field("", description=CONFIG_HELP)
+    revision: str = Field("", description=REVISION_HELP)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Source":
+        _check_hf(self)
+        return self
 
 
 class Filters(Block):
@@ -60,6 +83,7 @@ class TextData(Block):
         default=[], description="Sources that are only evaluated on; what they hold is never trained on."
     )
     filters: Filters = Field(Filters(), description="Length and repetition filters.")
+    on_bad_input: OnBadInput = Field("stop", description=ON_BAD_INPUT_HELP)
 
     @model_validator(mode="after")
     def _check(self) -> "TextData":
@@ -77,8 +101,10 @@ class Task(Block):
     """Prompt/response records of one task."""
 
     name: str = Field(pattern=NAME_PATTERN, description="Name of the task in metrics and counts.")
-    path: str = Field(description="A file, a folder or a glob; .gz and .zst are read as they are.")
-    format: Literal["json"] = Field("json", description="JSON lines or one JSON list.")
+    path: str = Field(description=PATH_HELP)
+    format: Literal["json", "parquet", "hf"] = Field(
+        "json", description="json (JSON lines or one JSON list), parquet, or hf (a Hugging Face data set)."
+    )
     prompt_field: str = Field("prompt", description="The field that holds the prompt.")
     response_field: str = Field("response", description="The field that holds the response.")
     input_field: str = Field("input", description="A field appended to the prompt where it is not empty.")
@@ -92,12 +118,21 @@ class Task(Block):
         default=[],
         description="The possible responses, scored by likelihood; empty = found where there are at most 20.",
     )
+    split: str = Field("train", pattern=SPLIT_PATTERN, description=SPLIT_HELP)
+    config_name: str = Field("", description=CONFIG_HELP)
+    revision: str = Field("", description=REVISION_HELP)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Task":
+        _check_hf(self)
+        return self
 
 
 class TaskData(Block):
     """Prompt/response records of one or many tasks."""
 
     tasks: list[Task] = Field(min_length=1, description="One entry per task.")
+    on_bad_input: OnBadInput = Field("stop", description=ON_BAD_INPUT_HELP)
 
     @model_validator(mode="after")
     def _check(self) -> "TaskData":
@@ -233,6 +268,9 @@ class Execution(Block):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = one per core. A resumed run keeps its own.")
+    workers: int = Field(
+        0, ge=0, description="Processes that read the data, and threads that encode it; 0 = as many as pay off."
+    )
     micro_batch: int = Field(
         0,
         ge=0,
@@ -243,6 +281,13 @@ class Execution(Block):
     hang_timeout_s: float = Field(600, gt=0, description="Seconds without a heartbeat after which training is killed.")
     retries: int = Field(1, ge=0, description="How often a crashed training is resumed before the run fails.")
     tracking_uri: str = Field("", description="MLflow tracking URI; empty = MLFLOW_TRACKING_URI, or the home's own.")
+
+
+def _check_hf(block: Source | Task) -> None:
+    fields = type(block).model_fields
+    changed = [n for n in ("split", "config_name", "revision") if getattr(block, n) != fields[n].default]
+    if changed and block.format != "hf":
+        raise ValueError(f"{changed[0]} is a setting of format: hf alone; format is {block.format}")
 
 
 def _unique(names: list[str], what: str) -> None:

@@ -14,6 +14,7 @@ from ruamel.yaml.scalarint import ScalarInt
 from ruamel.yaml.scalarstring import ScalarString
 
 from fmcore.errors import RecipeError
+from fmcore.recipes.paths import is_hub_name, is_url
 from fmcore.recipes.stages import RECIPES, Recipe
 
 # Words of other tools -> ours.
@@ -197,17 +198,21 @@ def _absolute(value: Any, folder: Path) -> Any:
         return [_absolute(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
+    hub = value.get("format") == "hf"
     return {
-        key: _absolute_path(item, folder) if key in PATH_FIELDS and isinstance(item, str) else _absolute(item, folder)
+        key: _absolute_path(item, folder, hub=hub)
+        if key in PATH_FIELDS and isinstance(item, str)
+        else _absolute(item, folder)
         for key, item in value.items()
     }
 
 
-def _absolute_path(path: str, folder: Path) -> str:
-    if not path:
+def _absolute_path(path: str, folder: Path, *, hub: bool) -> str:
+    if not path or is_url(path):
         return path
     # normpath, not resolve: a symbolic link is the user's name for the data, and a glob is no real path
-    return os.path.normpath(folder / Path(path).expanduser())
+    local = os.path.normpath(folder / Path(path).expanduser())
+    return path if hub and is_hub_name(path) and not Path(local).exists() else local
 
 
 def _lines(node: Any, location: tuple) -> Iterator[tuple[tuple, int]]:

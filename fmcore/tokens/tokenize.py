@@ -5,8 +5,9 @@ of which share a sample.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from fmcore.recipes.fields import Tokenizer
 
 CODE_VERSION = 1
 BATCH_DOCUMENTS = 256
+BATCH_CHARS = 1_000_000  # so that long documents do not fill the memory
+# A tokenizer is trained on all documents up to so many bytes for each entry of its vocabulary, beyond on a
+# sample of that size: the words it counts are held in memory, and their number grows with the text.
+SAMPLE_BYTES_PER_ENTRY = 8192
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -66,13 +71,19 @@ def tokenize_documents(
     tokenizer: Tokenizer | None,
     parent: RegisteredModel | None,
     store: Store,
+    *,
+    workers: int = 0,
 ) -> TokenShards:
-    """Build the shards of `step`; without a tokenizer of its own, with the parent's."""
+    """Build the shards of `step`; without a tokenizer of its own, with the parent's.
+
+    workers: threads that train and encode; 0 = one per core. The result is the same for any number.
+    """
     store.check(documents)
 
     def builder(building: Building) -> Fields:
         seq_len = step.config.get("seq_len") or (context_length(store, parent) if parent else 0)
-        return _tokenize(building.path, documents, tokenizer, seq_len, parent, store)
+        with encoding_threads(workers):
+            return _tokenize(building.path, documents, tokenizer, seq_len, parent, store)
 
     return store.build(step, TokenShards, builder)
 
@@ -94,7 +105,7 @@ def _tokenize(
     elif tokenizer.path:
         encoder = load_tokenizer(Path(tokenizer.path))
     else:
-        encoder = train_bpe(_contents(documents), tokenizer.vocab_size)
+        encoder = train_bpe(_contents(documents, sample_share(documents, tokenizer.vocab_size)), tokenizer.vocab_size)
     encoder.save_pretrained(str(folder / "tokenizer"))
     counts: dict[str, Any] = {"documents": {}, "refused": {}, "samples": {}}
     num_tokens = {}
@@ -114,11 +125,55 @@ def _tokenize(
     }  # fmt: skip
 
 
-def _contents(documents: Documents) -> Iterator[str]:
+def sample_share(documents: Documents, vocab_size: int) -> float:
+    """Which share of the documents a tokenizer of this size is trained on; 1 = all."""
+    size = sum(documents.counts.get("train_bytes", {}).values())
+    return min(1.0, SAMPLE_BYTES_PER_ENTRY * vocab_size / max(1, size))
+
+
+def _contents(documents: Documents, share: float = 1.0) -> Iterator[str]:
+    """The training documents, or those of them whose id, of which any digits are uniform, lies in the share."""
     for source in documents.sources:
         path = documents.path / "train" / f"{source}.parquet"
         if path.exists():
-            yield from (row["content"] for row in read_rows(path, ["content"]))
+            rows = read_rows(path, ["id", "content"])
+            # not the first digits: those have decided already which side of the split a document is on
+            yield from (row["content"] for row in rows if int(row["id"][8:16], 16) < share * 2**32)
+
+
+@contextmanager
+def encoding_threads(num: int) -> Iterator[None]:
+    """Let the tokenizers library use so many threads; it looks at the environment at each call.
+
+    Threads are as fast here as processes, and need no second copy of anything. How many there are is settled
+    at the library's first parallel call; afterwards one or all of them is the choice.
+    """
+    wanted = {"TOKENIZERS_PARALLELISM": "false" if num == 1 else "true"}
+    if num > 1:
+        wanted["RAYON_NUM_THREADS"] = str(num)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row["content"])
+        if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _write_text(folder: Path, path: Path, tokenizer: Any) -> dict[str, Any]:
@@ -128,7 +183,7 @@ def _write_text(folder: Path, path: Path, tokenizer: Any) -> dict[str, Any]:
     encoder, start, end = Encoder(tokenizer), start_id(tokenizer), int(tokenizer.eos_token_id)
     rows = read_rows(path, ["id", "content"]) if path.exists() else iter(())
     with StreamWriter(folder, len(tokenizer), masked=False) as writer:
-        while batch := list(islice(rows, BATCH_DOCUMENTS)):
+        for batch in _batches(rows):
             for row, ids in zip(batch, encoder.encode_batch([r["content"] for r in batch]), strict=True):
                 writer.add(row["id"], [start, *ids, end])
     return {"documents": writer.num_documents, "num_tokens": writer.num_tokens}

@@ -3,8 +3,9 @@
 import gzip
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import zstandard
@@ -12,23 +13,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmcore.data.files import find_files
-from fmcore.data.reading import (
-    JSON_CHUNK_CHARS,
-    LONG_FILE_CHARS,
-    MIN_PIECE_CHARS,
-    RawText,
-    read_json_objects,
-    read_source,
-)
+from fmcore.data.places import Bad, origin
+from fmcore.data.reading import JSON_CHUNK_CHARS, LONG_FILE_CHARS, MIN_PIECE_CHARS, read_records, read_texts
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Source
 
 MIB = 1 << 20
 
 
-def read(path: Path, **settings: Any) -> list[RawText]:
+class Text(NamedTuple):
+    """A text with its place as people write it."""
+
+    origin: str
+    text: str
+    metadata: dict[str, Any]
+
+
+def units(path: Path, **settings: Any) -> Iterator[Text | tuple[str, Bad]]:
+    """What a source holds; (origin, Bad) for what cannot be used."""
     source = Source(name="x", path=str(path), **settings)
-    return list(read_source(source, find_files(source.path, field="source x")))
+    for file in find_files(source.path, field="source x"):
+        for unit in read_texts(source, file.path):
+            place = origin(file.path, unit.line)
+            yield (place, unit) if isinstance(unit, Bad) else Text(place, unit.text, unit.metadata)
+
+
+def read(path: Path, **settings: Any) -> list[Text]:
+    found = list(units(path, **settings))
+    assert all(isinstance(unit, Text) for unit in found), found
+    return found
 
 
 def texts(path: Path, **settings: Any) -> list[str]:
@@ -42,9 +55,8 @@ def put(path: Path, content: str | bytes) -> Path:
 
 
 def refusal(path: Path, **settings: Any) -> str:
-    with pytest.raises(DataError) as refused:
-        read(path, **settings)
-    return str(refused.value)
+    """The first bad place, as a message would name it."""
+    return next(f"{unit[0]}: {unit[1].detail}" for unit in units(path, **settings) if not isinstance(unit, Text))
 
 
 # ---- plain text
@@ -66,7 +78,7 @@ def compressed(suffix: str, content: bytes) -> bytes:
 )
 def test_a_file_is_a_document(tmp_path: Path, suffix: str, content: bytes, text: str) -> None:
     path = put(tmp_path / f"a.txt{suffix}", compressed(suffix, content))
-    assert read(path) == [RawText(str(path), text, {})]
+    assert read(path) == [Text(str(path), text, {})]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -168,7 +180,9 @@ def test_a_name_that_looks_like_a_glob_is_a_file_first(tmp_path: Path) -> None:
 def test_nothing_to_read_names_source_and_path(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     put(tmp_path / "empty" / ".hidden", "x")
-    assert refusal(tmp_path / path).startswith(message.format(tmp_path))
+    with pytest.raises(DataError) as refused:
+        read(tmp_path / path)
+    assert str(refused.value).startswith(message.format(tmp_path))
 
 
 # ---- JSON
@@ -195,9 +209,10 @@ def test_one_json_list(tmp_path: Path, style: dict[str, Any]) -> None:
     ]
 
 
-def test_an_empty_list_and_an_empty_file_hold_nothing(tmp_path: Path) -> None:
-    for content in ("[]", " [ \n ] ", "", "\n\n"):
-        assert read(put(tmp_path / "a.json", content), format="json") == []
+@pytest.mark.parametrize("content", ["[]", " [ \n ] ", "", "\n\n"])
+def test_a_file_that_holds_nothing_is_one_empty_text(tmp_path: Path, content: str) -> None:
+    path = put(tmp_path / "a.json", content)
+    assert read(path, format="json") == [Text(str(path), "", {})]
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x7f"])
@@ -261,7 +276,7 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
         ('[{"text": "a"},, {"text": "b"}]', "{}[2]: broken JSON: Expecting value"),
         ('[{"text": "a"}, 5]', "{}[2]: expected a JSON object with named fields, found 5"),
         ('{"text": "a"}\n"b"\n', '{}:2: expected a JSON object with named fields, found "b"'),
-        ('{"body": "a", "n": 1}\n', "{}:1: field 'text' is missing; fields here: body, n. Set text_field of source x."),
+        ('{"body": "a", "n": 1}\n', "{}:1: field 'text' is missing; fields here: body, n. Set text_field of source x"),
         ('[{"text": null}]', "{}[1]: field 'text' holds null, expected text; fields here: text. Set text_field of"),
         ("{}", "{}:1: field 'text' is missing; fields here: none"),
         ("[" * 100_000, "{}[1]: "),
@@ -284,7 +299,7 @@ def test_what_follows_the_list_is_not_dropped_in_silence(tmp_path: Path) -> None
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_bytes_that_are_no_utf_8(tmp_path: Path, format: str) -> None:
     path = put(tmp_path / "a", '{"text": "caf\xe9"}'.encode("latin-1"))
-    assert refusal(path, format=format).startswith(f"{path}: not UTF-8 (")
+    assert refusal(path, format=format).startswith(f"{path}:1: not UTF-8 (")
     assert "convert it first" in refusal(path, format=format)
 
 
@@ -296,7 +311,11 @@ def test_a_damaged_compressed_file(tmp_path: Path, suffix: str, damage: str, for
     whole = compressed(suffix, lines.encode())
     content = whole[: len(whole) // 2] if damage == "cut" else b"not compressed"
     path = put(tmp_path / f"a{suffix}", content)
-    assert refusal(path, format=format).startswith(f"{path}: the compressed file is damaged or cut short: ")
+    found = refusal(path, format=format)
+    if damage == "cut":
+        assert re.match(rf"{path}, byte \d+: the compressed file is damaged or cut short: ", found)
+    else:
+        assert found == f"{path}: the name says compressed, the bytes are not"
 
 
 def test_a_compressed_file_with_a_wrong_checksum(tmp_path: Path) -> None:
@@ -309,5 +328,5 @@ def test_a_compressed_file_with_a_wrong_checksum(tmp_path: Path) -> None:
 def test_objects_stream(tmp_path: Path) -> None:
     """The first object comes before the last one is parsed."""
     path = put(tmp_path / "a.json", '[{"n": 1}, {"n": 2}, broken')
-    rows = read_json_objects(path)
-    assert next(rows) == (f"{path}[1]", {"n": 1})
+    rows = read_records(Source(name="x", path=str(path), format="json"), str(path), [])
+    assert next(rows) == ("[1]", {"n": 1})
