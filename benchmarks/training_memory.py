@@ -1,6 +1,6 @@
 """Peak memory of the training process: what `strata plan` foretells beside what the kernel counted.
 
-    python benchmarks/training_memory.py [--cases tiny small lora micro]
+    python benchmarks/training_memory.py [--cases tiny small]
 
 Each case prepares a made text, trains a few steps in the real child process, saves, and reads the child's
 peak resident memory (getrusage). Prints a table in markdown.
@@ -24,6 +24,7 @@ CASES = {
     "tiny, vocabulary 16,384": ("tiny", 16384, 256, 8192, 0),
     "small": ("small", 8192, 256, 8192, 0),
     "small, 512 tokens": ("small", 8192, 512, 8192, 4),
+    "small, one sequence": ("small", 8192, 256, 1024, 1),
     "125m, one sequence": ("125m", 8192, 512, 1024, 1),
 }
 

@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
+from fmcore.data.files import SourceFile
 from fmcore.data.look import DataFiles, RecordsLook, Sample, TextLook, data_files, look_at_records, look_at_text
 from fmcore.errors import DataError, UserInputError
 from fmcore.model.presets import PRESETS, estimate_parameters
 from fmcore.planning.explain import BYTES_PER_TOKEN
 from fmcore.planning.shape import Shape, parent_shape
 from fmcore.planning.sizes import BUDGET_S, batch_for, holdout_for, pretrain_sizes, rounded, usual_rate
-from fmcore.recipes.fields import Task, TextData
+from fmcore.recipes.fields import Task
 from fmcore.recipes.parents import Folder, parse_parent
 
 GENERIC_NAMES = re.compile(
@@ -26,6 +26,8 @@ EVAL_NAMES = ("test", "eval", "validation", "valid", "dev", "val")
 MAX_TASKS = 60
 MAX_UPS = 2  # `..`s in a path that still reads as "near the recipe"
 TEMPLATE_TOKENS = 12  # that the chat template adds to a record
+GENERATED_TOKENS = 20_000  # in evaluating free answers, as many as in a few minutes on two cores
+MIN_SCORED = 20  # what the gate needs to decide (gate.min_documents)
 TEMPLATE_MARKS = 8  # those of them that are no words
 FITTING_SHARE = 0.9  # of the records that should fit into seq_len
 MAX_STRETCH = 4  # times the parent's context that records may take up
@@ -75,8 +77,8 @@ class Draft:
             lines += self._source(source, look)
         num = sum(sum(place < holdout for place in look.places) * look.sample.scale for look in looks)
         lines.append(Line(f"  holdout: {holdout:g}", f"of the documents, by content: {_about(looks)}{num:,.0f} here"))
-        if any(look.missing for look in looks) and "on_bad_input" in TextData.model_fields:
-            lines.append(Line("  on_bad_input: quarantine", "records without text are set aside, not fatal"))
+        if any(look.missing or look.sample.problems for look in looks):
+            lines.append(Line("  on_bad_input: quarantine", "what has no text is set aside, not fatal"))
         num_bytes = sum(look.num_bytes for look in looks)
         return [*lines, *(self._continue_sizes(num_bytes) if parent else self._pretrain_sizes(name, num_bytes))]
 
@@ -138,7 +140,7 @@ class Draft:
         for task, look, eval_path in tasks:
             lines += self._task(task, look, eval_path)
         looks = [look for _, look, _ in tasks]
-        if any(look.missing for look in looks):
+        if any(look.missing or look.sample.problems for look in looks):
             lines.append(Line("  on_bad_input: quarantine", "records without prompt or response are set aside"))
         return [*lines, *self._finetune_sizes(looks, shape)]
 
@@ -223,6 +225,8 @@ class Draft:
                 f"  seq_len: {seq_len}", f"tokens; about {100 * fitting:.0f} % of the records fit, the rest is left out"
             )
             yield Line(f"  batch_tokens: {batch_for(budget, seq_len, max(4096, 4 * seq_len))}")
+        if num_scored := _scored_answers(looks, longest):
+            yield Line(f"evaluate: {{max_examples: {num_scored}}}", "per task; free answers take long to generate")
 
     def _parent_shape(self, parent: str) -> Shape | None:
         """The parent's shape where the home or a folder has it; nobody is asked over the network."""
@@ -254,6 +258,14 @@ def _token_sizes(looks: list[RecordsLook], shape: Shape | None) -> tuple[float, 
     num_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
     template = len(tokenizer.encode("user\nassistant\n", add_special_tokens=False).ids) + TEMPLATE_MARKS
     return sum(map(len, texts)) / max(1, num_tokens), template
+
+
+def _scored_answers(looks: list[RecordsLook], seq_len: float) -> int:
+    """How many held-out records are worth the time that their answers take to generate; 0 where they are chosen."""
+    free = [look for look in looks if not look.num_classes]
+    if not free:
+        return 0
+    return min(1000, max(MIN_SCORED, int(GENERATED_TOKENS / seq_len / len(free)) // 10 * 10))
 
 
 def _long_enough(lengths: list[float]) -> float:
@@ -294,7 +306,7 @@ def _one_per_task(data: DataFiles) -> list[tuple[DataFiles, str]]:
     """(files, eval_path) for each task: a file each, unless they are numbered parts or splits of one."""
     stems = {_stem(file) for file in data.files}
     if len(data.files) == 1 or data.format == "hf" or len({re.sub(r"\d+", "#", stem) for stem in stems}) == 1:
-        nested = len({Path(str(file)).parent for file in data.files}) == len(data.files) > 1
+        nested = len({Path(file.path).parent for file in data.files}) == len(data.files) > 1
         if not nested:
             return [(data, "")]
     held_out = [file for file in data.files if _is_evaluation(_stem(file))]
@@ -304,7 +316,7 @@ def _one_per_task(data: DataFiles) -> list[tuple[DataFiles, str]]:
     return [(DataFiles(str(file), data.format, (file,)), "") for file in data.files]
 
 
-def _stem(file: Any) -> str:
+def _stem(file: SourceFile) -> str:
     return Path(str(file)).name.split(".")[0].lower()
 
 
@@ -342,6 +354,8 @@ def _seen(sample: Sample) -> Iterator[str]:
     fields = f"; fields: {_joined(sample.fields)}" if sample.data.format != "text" else ""
     about = "" if sample.exact else "about "
     yield f"{files}{about}{sample.num_records:,} {what}, {_size(chars)}{fields}"
+    if sample.problems:
+        yield f"{len(sample.problems):,} cannot be read, the first: {sample.problems[0]}"
     if sample.data.left_out:
         yield f"left out, of another format: {_joined(list(sample.data.left_out))}"
 

@@ -5,21 +5,18 @@ document here (its id, the side it falls on, whether a filter drops it) is what 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from fmcore.data.files import find_files, open_bytes
+from fmcore.data.files import SourceFile, find_files, open_bytes
 from fmcore.data.filters import drop_reason
 from fmcore.data.holdout import fraction_of, group_fraction
 from fmcore.data.normalize import content_id, normalize
 from fmcore.data.places import Bad, origin
-from fmcore.data.reading import RawText, Record, read_records, read_texts
+from fmcore.data.reading import read_records, read_texts
 from fmcore.data.unpacking import BrokenFile
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Filters, Source
@@ -42,6 +39,7 @@ PAIRS = (
 GROUP_FIELDS = ("doc", "doc_id", "document_id", "group", "group_id", "article_id", "thread_id", "conversation_id")
 CHAT_FIELDS = ("messages", "conversations")
 MAX_CLASSES = 20
+MOST_BAD = 0.1  # unreadable records for each readable one; with more, something is wrong
 USUAL_SHARE = 0.9  # of the records have to have a field for it to be chosen
 
 
@@ -54,7 +52,7 @@ class DataFiles:
 
     path: str
     format: str
-    files: tuple[Any, ...]
+    files: tuple[SourceFile, ...]
     left_out: tuple[str, ...] = ()
     split: str = ""
 
@@ -63,13 +61,14 @@ class DataFiles:
 class Sample:
     """Records (or documents, under the field `text`) read from the start of the files.
 
-    exact: everything was read. scale: how many times as much there is.
+    exact: everything was read. scale: how many times as much there is. problems: what could not be read, and where.
     """
 
     data: DataFiles
     rows: list[dict[str, Any]]
     exact: bool
     scale: float
+    problems: list[str]
 
     @property
     def num_records(self) -> int:
@@ -129,7 +128,7 @@ def data_files(path: str) -> DataFiles:
     files = find_files(path, field="--data")
     if _is_saved_dataset(path):
         return _saved_dataset(path, files)
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[SourceFile]] = {}
     for file in files:
         groups.setdefault(format_of(file), []).append(file)
     chosen = max(groups, key=lambda name: sum(map(file_size, groups[name])))
@@ -150,7 +149,7 @@ def _is_saved_dataset(path: str) -> bool:
     return marked and any(folder.rglob("*.arrow"))
 
 
-def _saved_dataset(path: str, files: list[Any]) -> DataFiles:
+def _saved_dataset(path: str, files: list[SourceFile]) -> DataFiles:
     arrows = [file for file in files if str(file).endswith(".arrow")]
     splits = {Path(str(file)).relative_to(path).parts[0] for file in arrows if Path(str(file)).parent != Path(path)}
     split = "train" if "train" in splits else min(splits, default="")
@@ -158,7 +157,7 @@ def _saved_dataset(path: str, files: list[Any]) -> DataFiles:
     return DataFiles(path, "hf", chosen, tuple(sorted(splits - {split})), split)
 
 
-def _path_of(path: str, files: list[Any]) -> str:
+def _path_of(path: str, files: list[SourceFile]) -> str:
     """A path for some of the files below `path` alone: one file, or a glob by their suffix."""
     if len(files) == 1:
         return str(files[0])
@@ -172,12 +171,16 @@ def _path_of(path: str, files: list[Any]) -> str:
     return str(folder / ("**" if nested else "") / f"*{endings.pop()}")
 
 
-def format_of(file: Any) -> str:
-    """text, json, parquet, hf (an Arrow stream) or binary, by the name, else by the first bytes."""
+def format_of(file: SourceFile) -> str:
+    """text, json, parquet, hf (an Arrow file) or binary, by the name, else by the first bytes."""
     suffixes = [s for s in Path(str(file)).suffixes if s not in COMPRESSED]
     if suffixes and suffixes[-1].lower() in FORMATS:
         return FORMATS[suffixes[-1].lower()]
-    start = read_start(file, SNIFFED_BYTES)
+    try:
+        with open_bytes(file) as opened:
+            start = next(iter(opened), b"")[:SNIFFED_BYTES]
+    except BrokenFile:
+        return "binary"
     if start[:4] == b"PAR1":
         return "parquet"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -192,21 +195,6 @@ def format_of(file: Any) -> str:
     return "json" if first.startswith(b"{") and _parses(first) else "text"
 
 
-def read_start(file: Any, size: int) -> bytes:
-    """The first bytes of a file, unpacked. Raises DataError where it is damaged before that."""
-    content = b""
-    try:
-        with open_bytes(file) as opened:
-            for chunk in opened:
-                content += chunk
-                if len(content) >= size:
-                    break
-    except BrokenFile as error:
-        if not content:
-            raise DataError(f"{file}: {error}") from error
-    return content[:size]
-
-
 def _parses(line: bytes) -> bool:
     try:
         json.loads(line)
@@ -215,79 +203,69 @@ def _parses(line: bytes) -> bool:
     return True
 
 
-def file_size(file: Any) -> int:
-    """Bytes of a file as it is stored; 0 where that cannot be told without reading it."""
-    known = getattr(file, "size", None)
-    if known is not None:
-        return int(known)
-    return Path(file).stat().st_size if isinstance(file, (str, os.PathLike)) else 0
+def file_size(file: SourceFile) -> int:
+    """Bytes of a file as it is stored; 0 where a server does not tell."""
+    return file.size or 0
 
 
-def _name(file: Any) -> str:
+def _name(file: SourceFile) -> str:
     return Path(str(file)).name
 
 
-def _names(files: list[Any]) -> str:
+def _names(files: list[SourceFile]) -> str:
     return ", ".join(map(_name, files[:MAX_LEFT_OUT]))
 
 
 def read_sample(data: DataFiles, *, split_on: str = "file") -> Sample:
     """Records from the start of each of the files until SAMPLE_CHARS are read.
 
-    What cannot be read is left to the run, which counts it. Raises DataError where nothing can.
+    Raises DataError for files that hold nothing, or too much that cannot be read.
     """
     rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     chars = 0
-    problem = ""
-    for file in data.files:
-        for row in units_of_file(file, data.format, split_on):
+    exact = True
+    for path in [data.path] if data.format == "hf" else map(str, data.files):
+        for row in rows_of_file(path, data.format, split_on=split_on, split=data.split):
             if isinstance(row, Bad):
-                problem = problem or f"{origin(str(file), row.line)}: {row.detail}"
+                problems.append(f"{origin(path, row.line)}: {row.detail}")
                 continue
             rows.append(row)
             chars += sum(len(value) for value in row.values() if isinstance(value, str))
-            if chars >= SAMPLE_CHARS:
-                return Sample(data, rows, exact=False, scale=max(1.0, about_chars(data.files) / chars))
+            exact = chars < SAMPLE_CHARS
+            if not exact:
+                break
+        if not exact:
+            break
+    if problems and len(problems) > MOST_BAD * len(rows):
+        raise DataError(f"--data {data.path}: {problems[0]}")
     if not rows:
-        raise DataError(f"--data {data.path}: {problem or f'there is nothing in it: {_names(list(data.files))}'}")
-    return Sample(data, rows, exact=True, scale=1.0)
+        raise DataError(f"--data {data.path}: there is nothing in it: {_names(list(data.files))}")
+    return Sample(data, rows, exact, 1.0 if exact else max(1.0, about_chars(data.files) / chars), problems)
 
 
-def about_chars(files: Iterable[Any]) -> int:
+def about_chars(files: Iterable[SourceFile]) -> int:
     """Characters in files, JSON's own included, by their sizes on disk."""
     packed = (*COMPRESSED, ".parquet")
     return sum(file_size(f) * (ASSUMED_COMPRESSION if str(f).endswith(packed) else 1) for f in files)
 
 
-def units_of_file(file: Any, format: str, split_on: str) -> Iterator[dict[str, Any] | Bad]:
-    """Records of a file; of a text file its documents, under `text`; in between, what cannot be read."""
-    if format == "hf":
-        yield from _arrow_rows(file)
+def rows_of_file(path: str, format: str, *, split_on: str = "file", split: str = "") -> Iterator[dict[str, Any] | Bad]:
+    """Records of a file (of a whole data set, for hf), or the documents of a text file under `text`.
+
+    What cannot be read is yielded as Bad, in its place. Raises DataError for a file that cannot be opened.
+    """
+    fields = {"split_on": split_on, **({"split": split} if split else {})}
+    block = Source(name="data", path=path, format=format, **fields)
+    if format == "text":
+        for found in read_texts(block, path):
+            yield found if isinstance(found, Bad) else {"text": found.text}
         return
-    source = Source(name="data", path=str(file), format=format, split_on=split_on)
-    units = read_texts(source, source.path) if format == "text" else read_records(source, source.path, [])
-    for unit in units:
-        if isinstance(unit, RawText):
-            yield {"text": unit.text}
-        elif isinstance(unit, Record):
-            yield unit.fields
-        else:
-            yield unit
-
-
-def rows_of_file(file: Any, format: str, split_on: str) -> Iterator[dict[str, Any]]:
-    """Those of `units_of_file` that can be read."""
-    return (unit for unit in units_of_file(file, format, split_on) if not isinstance(unit, Bad))
-
-
-def _arrow_rows(file: Any) -> Iterator[dict[str, Any]]:
-    """A file of those that save_to_disk writes."""
-    try:
-        with open_bytes(file) as opened:
-            for batch in pa.ipc.open_stream(opened):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not an Arrow stream, or a damaged one: {error}") from error
+    for record in read_records(block, path, []):
+        if isinstance(record, Bad):
+            yield record
+        elif record.fields:  # else an empty file
+            yield record.fields
 
 
 def look_at_text(path: str) -> TextLook:

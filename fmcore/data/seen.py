@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 from fmcore.artifacts.ancestry import checkpoint_of, lineage
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.data.files import SourceFile, open_bytes
 from fmcore.data.ledger import Ledger
-from fmcore.data.look import format_of, pair_of, read_start, rows_of_file
+from fmcore.data.look import format_of, pair_of, rows_of_file
 from fmcore.data.normalize import content_id, normalize
-from fmcore.data.places import MAX_UNIT_BYTES
+from fmcore.data.places import Bad, origin
 from fmcore.data.tables import read_rows
+from fmcore.data.unpacking import BrokenFile
 from fmcore.errors import DataError, IntegrityError
 
 SEEN, HELD_OUT, UNSAMPLED, ABSENT = "seen", "held out", "prepared, never sampled", "not in its data"
@@ -84,8 +86,8 @@ def known_settings(documents: Iterable[Documents]) -> Settings:
     fields, splits, records = (dict.fromkeys(values) for values in vars(Settings()).values())
     for artifact in documents:
         for source in [*artifact.config.get("sources", []), *artifact.config.get("eval_sources", [])]:
-            fields |= {source["text_field"]: None}
-            splits |= {source["split_on"]: None}
+            fields |= {source.get("text_field", "text"): None}
+            splits |= {source.get("split_on", "file"): None}
         for task in artifact.config.get("tasks", []):
             records |= {(task["prompt_field"], task["response_field"], task["input_field"]): None}
     return Settings(tuple(fields), tuple(splits), tuple(records))
@@ -96,7 +98,7 @@ def read_text(text: str) -> list[Reading]:
     return [Reading("as one document", (_asked("text", text),))]
 
 
-def read_file(file: Any, settings: Settings) -> list[Reading]:
+def read_file(file: SourceFile, settings: Settings) -> list[Reading]:
     """All the ways in which a file may have been read as documents. Raises DataError for a file that cannot be read."""
     format = format_of(file)
     if format == "binary":
@@ -104,7 +106,7 @@ def read_file(file: Any, settings: Settings) -> list[Reading]:
     if format == "text":
         found = [_as_whole(file), *(_as_text(file, split) for split in settings.splits)]
     else:
-        rows = list(enumerate(rows_of_file(file, format, "file"), 1))
+        rows = list(enumerate(_readable(file, rows_of_file(str(file), format)), 1))
         found = [_as_field(file, rows, field) for field in settings.text_fields]
         found += [_as_records(file, rows, fields) for fields in settings.records]
     unlike = {tuple(document.id for document in reading.documents): reading for reading in reversed(found)}
@@ -115,27 +117,34 @@ def read_file(file: Any, settings: Settings) -> list[Reading]:
     return readings
 
 
-def _as_whole(file: Any) -> Reading:
-    content = read_start(file, MAX_UNIT_BYTES + 1)
-    if len(content) > MAX_UNIT_BYTES:  # no run takes a document as long as that
-        return Reading("as one document", ())
+def _readable(file: SourceFile, rows: Iterable[dict[str, Any] | Bad]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if isinstance(row, Bad):
+            raise DataError(f"{origin(str(file), row.line)}: {row.detail}")
+        yield row
+
+
+def _as_whole(file: SourceFile) -> Reading:
     try:
-        return Reading("as one document", (_asked(str(file), content.decode("utf-8-sig")),))
+        with open_bytes(file) as opened:
+            return Reading("as one document", (_asked(str(file), b"".join(opened).decode()),))
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 ({error.reason})") from error
+    except BrokenFile as error:
+        raise DataError(f"{file}: {error.detail}") from error
 
 
-def _as_text(file: Any, split_on: str) -> Reading:
-    rows = enumerate(rows_of_file(file, "text", split_on), 1)
+def _as_text(file: SourceFile, split_on: str) -> Reading:
+    rows = enumerate(_readable(file, rows_of_file(str(file), "text", split_on=split_on)), 1)
     return Reading(f"split_on: {split_on}", tuple(_asked(f"{file}, piece {n}", row["text"]) for n, row in rows))
 
 
-def _as_field(file: Any, rows: list[tuple[int, dict[str, Any]]], field: str) -> Reading:
+def _as_field(file: SourceFile, rows: list[tuple[int, dict[str, Any]]], field: str) -> Reading:
     texts = [(n, row[field]) for n, row in rows if isinstance(row.get(field), str)]
     return Reading(f"text_field: {field}", tuple(_asked(f"{file}, record {n}", text) for n, text in texts))
 
 
-def _as_records(file: Any, rows: list[tuple[int, dict[str, Any]]], fields: tuple[str, str, str]) -> Reading:
+def _as_records(file: SourceFile, rows: list[tuple[int, dict[str, Any]]], fields: tuple[str, str, str]) -> Reading:
     pairs = [(n, pair_of(row, *fields)) for n, row in rows]
     asked = (
         Asked(f"{file}, record {n}", content_id(f"{pair[0]}\x00{pair[1]}"), content_id(f"{pair[0]}\n{pair[1]}"))

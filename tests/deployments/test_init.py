@@ -41,6 +41,34 @@ def test_what_it_writes_prepares_unedited(cli: Any, fresh_home: Any, corpora: di
     assert documents.counts["heldout"]["old"] >= 10
 
 
+@pytest.mark.parametrize("format", ["parquet", "hf"])
+def test_tables_prepare_unedited(cli: Any, fresh_home: Any, tiny: Any, format: str) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"id": i, "body": tiny.text("old", i)} for i in range(60)])
+    if format == "parquet":
+        rows.to_parquet("table.parquet")
+    else:
+        datasets.DatasetDict({"train": rows, "test": rows.select(range(9))}).save_to_disk("table")
+    said = cli(fresh_home, "init", "pretrain", "--data", "table.parquet" if format == "parquet" else "table")
+    assert said.code == 0, said.err
+    recipe: Any = load_recipe(Path("table.yaml"))
+    [source] = recipe.data.sources
+    assert (source.format, source.text_field) == (format, "body")
+    documents = fresh_home.documents(recipe.model_dump(mode="json"))
+    assert documents.counts["read"]["table"] == 60
+
+
+def test_a_few_unreadable_records_are_set_aside_and_told(cli: Any, fresh_home: Any, corpora: dict[str, Path]) -> None:
+    Path("some.jsonl").write_text(corpora["old"].read_text() + "{broken\n")
+    assert cli(fresh_home, "init", "pretrain", "--data", "some.jsonl").code == 0
+    text = Path("some.yaml").read_text()
+    assert "on_bad_input: quarantine" in text
+    assert "1 cannot be read, the first: some.jsonl:61" in text
+    documents = fresh_home.documents(load_recipe(Path("some.yaml")).model_dump(mode="json"))
+    assert sum(documents.counts["quarantined"]["some"].values()) == 1
+
+
 def test_finetune_runs_unedited_on_the_only_base(
     cli: Any, based: Any, corpora: dict[str, Path], tmp_path: Path, inline: None
 ) -> None:
@@ -121,7 +149,7 @@ def test_an_existing_file_is_not_overwritten(cli: Any, fresh_home: Any, corpora:
     [
         (["train", "--data", "x"], "expected one of pretrain, finetune, continue-pretrain"),
         (["pretrain", "--data", "nowhere"], "no file or folder"),
-        (["pretrain", "--data", "few.jsonl"], "too few"),
+        (["pretrain", "--data", "few.jsonl"], "no document is left"),
         (["finetune", "--data", "few.jsonl"], "no model yet"),
         (["finetune", "--data", "few.jsonl", "--parent", "a@b"], "too few"),
         (["finetune", "--data", "text.txt", "--parent", "a@b"], "plain text"),
