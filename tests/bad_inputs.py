@@ -127,6 +127,7 @@ BAD_INPUTS: dict[str, Callable[[Path], Case]] = {
         lambda path: pq.write_table(pa.table({"text": pa.array([None], pa.string())}), path),
         "bad.parquet, row 1: field 'text' holds null, expected text",
     ),
+    "unreadable": lambda folder: (Path("/proc/self/mem"), "text", "cannot read /proc/self/mem"),
     "missing_path": _nowhere("nowhere.jsonl", "there is no file or folder"),
     "empty_glob": _nowhere("*.jsonl", "no file matches"),
     "empty_folder": _nowhere("", "holds no files"),

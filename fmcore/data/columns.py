@@ -144,8 +144,8 @@ def _seekable(path: str) -> Iterator[BinaryIO]:
 
 
 def is_hub_path(path: str) -> bool:
-    """Whether an hf path names a data set on the hub: nothing of that name lies here."""
-    return not is_url(path) and is_hub_name(path) and not Path(path).exists()
+    """Whether an hf path names a data set on the hub. Recipes, once read, name what lies here by absolute paths."""
+    return not is_url(path) and is_hub_name(path)
 
 
 def hub_commit(path: str, revision: str) -> str:

@@ -94,7 +94,7 @@ def test_a_parents_shape_and_what_of_it_is_trained(base_home: Any, tiny: Any, co
     [checkpoint] = base_home.store.all(Checkpoint)
     recipe = tiny.finetune(corpora["records"], method="lora", lora={"r": 2})
     stage = base_home.resolve(recipe)
-    above = parent_shape(stage.recipe.parent, stage.parent, base_home.store)
+    above = parent_shape(None, stage.parent, base_home.store)
     assert above is not None
     assert (above.parameters, above.seq_len, above.vocab_size) == (checkpoint.num_parameters, 32, 400)
     shape = shape_of(stage.recipe, above)
@@ -109,7 +109,7 @@ def test_a_parents_shape_and_what_of_it_is_trained(base_home: Any, tiny: Any, co
 def test_trainable_parameters_are_the_adapters_own(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     recipe = tiny.finetune(corpora["records"], method="lora", lora={"r": 2})
     stage = based.resolve(recipe)
-    shape = shape_of(stage.recipe, parent_shape("", stage.parent, based.store))
+    shape = shape_of(stage.recipe, parent_shape(None, stage.parent, based.store))
     assert shape is not None
     assert based.train(recipe).num_trainable == trainable_parameters(stage.recipe, shape)
 
@@ -118,12 +118,11 @@ def test_a_folder_in_transformers_format_has_a_shape(tmp_path: Path, fresh_home:
     fields = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
               "intermediate_size": 128, "vocab_size": 500, "max_position_embeddings": 4096}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    shape = parent_shape(str(tmp_path), None, fresh_home.store)
+    shape = parent_shape(tmp_path, None, fresh_home.store)
     assert shape is not None
     assert (shape.vocab_size, shape.seq_len) == (500, 1024)
     assert shape.parameters > 500 * 64
-    assert parent_shape("plays@champion", None, fresh_home.store) is None
-    assert parent_shape("", None, fresh_home.store) is None
+    assert parent_shape(None, None, fresh_home.store) is None
 
 
 def test_memory_grows_with_what_it_is_made_of() -> None:

@@ -3,21 +3,24 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import psutil
 import pytest
 
+from fmcore.data.accounts import account
 from fmcore.errors import StrataError
 from fmcore.recipes.load import parse_recipe
-from tests.bad_inputs import BAD_INPUTS
+from tests.bad_inputs import BAD_INPUTS, REASONS
 from tests.conftest import Home, Tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -229,28 +232,92 @@ def test_bad_data_fails_with_its_place_and_no_traceback(up: Up, tmp_path: Path) 
     assert not list((up.home / "artifacts" / "documents").glob("*.partial/documents*"))
 
 
-BAD = (
-    "invalid_utf8_line", "nul_bytes", "truncated_gzip", "gzip_bomb", "missing_field", "deep_json", "no_parquet",
-    "empty_glob",
-)  # fmt: skip
+class CommandLine(NamedTuple):
+    """How a command ended. peak_mib: of its largest process."""
+
+    code: int
+    printed: str
+    peak_mib: int
 
 
-def test_bad_inputs_of_every_kind_end_a_run_with_their_place(up: Up, tmp_path: Path) -> None:
+def strata_run(up: Up, recipe: dict[str, Any], folder: Path) -> CommandLine:
+    """`strata run` in a process of its own, which joins the servers of `up`."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-P", "-m", "deployments.cli", "run", str(folder / "recipe.yaml")]
+    with (folder / "printed").open("wb") as sink:
+        process = subprocess.Popen(command, env=up.environment, cwd=folder, stdout=sink, stderr=sink)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return CommandLine(process.returncode, (folder / "printed").read_text(), used.ru_maxrss >> 10)
+
+
+class BadRun(NamedTuple):
+    """A run on bad input, asked for through the API; words: what its message has to hold."""
+
+    recipe: dict[str, Any]
+    words: str
+    run: UUID
+
+
+@pytest.fixture(scope="module")
+def bad_runs(up: Up, tmp_path_factory: pytest.TempPathFactory) -> dict[str, BadRun]:
+    """One of every kind, all asked for at once."""
+    folder = tmp_path_factory.mktemp("bad")
     asked = {}
-    for name in BAD:
-        path, format, words = BAD_INPUTS[name](tmp_path / name)
+    for name, make in BAD_INPUTS.items():
+        path, format, words = make(folder / name)
         recipe = up.form("pretrain")
-        recipe["name"] = name.replace("_", "-")
-        recipe["register"]["model"] = ""
+        recipe |= {"name": f"bad-{name}", "register": {"model": ""}}
         recipe["data"]["sources"][0] |= {"path": str(path), "format": format}
-        asked[name] = (up.ask("pretrain", recipe), words)
-    for name, (run, words) in asked.items():
-        ended = up.end(run)
-        assert ended.state.name == "Failed", name
-        assert words in ended.state.message, name
-        assert "Traceback" not in up.log(run), name
-    documents = up.home / "artifacts" / "documents"
-    assert not [found for name in BAD for found in documents.glob(f"{name.replace('_', '-')}-*/artifact.json")]
+        asked[name] = BadRun(recipe, words, up.ask("pretrain", recipe))
+    return asked
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_message_from_both_doors_and_nothing_is_half_written(
+    up: Up, bad_runs: dict[str, BadRun], tmp_path: Path, name: str
+) -> None:
+    bad = bad_runs[name]
+    command = strata_run(up, bad.recipe, tmp_path / "run")
+    assert command.code == 2, command.printed
+    assert bad.words in " ".join(command.printed.split())  # the console wraps lines
+    assert "Traceback" not in command.printed
+    assert command.peak_mib < 1000
+    run = up.end(bad.run)
+    assert run.state.name == "Failed"
+    assert bad.words in run.state.message
+    assert "Traceback" not in up.log(bad.run)
+    assert [
+        path for path in (up.home / "artifacts" / "documents").glob(f"bad-{name}-*/**/*") if path.is_file()
+    ] == []  # fmt: skip
+
+
+def test_bad_input_is_set_aside_from_both_doors(up: Up, tmp_path: Path) -> None:
+    """Whatever can be wrong with JSON files, together with an empty one and one that begins with a BOM."""
+    kinds = [name for name in REASONS if BAD_INPUTS[name](tmp_path / "in" / name)[1] == "json"]
+    for name in set(REASONS) - set(kinds):
+        shutil.rmtree(tmp_path / "in" / name)
+    (tmp_path / "in" / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "in" / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "It begins with a byte-order mark."}\n')
+    recipe = up.form("pretrain")
+    recipe |= {"name": "aside", "register": {"model": ""}}
+    recipe["data"]["on_bad_input"] = "quarantine"
+    recipe["data"]["sources"][0] |= {"path": str(tmp_path / "in"), "format": "json"}
+    run = up.ask("pretrain", recipe)
+    assert up.end(run).state.name == "Completed"
+    [documents] = (up.home / "artifacts" / "documents").glob("aside-????????")
+    counts = json.loads((documents / "artifact.json").read_text())["counts"]
+    reasons = Counter(REASONS[name] for name in kinds)
+    assert counts["quarantined"] == {"old": reasons}
+    assert counts["dropped"]["old"]["empty"] == 1
+    [line] = account(counts)
+    assert line in up.log(run)
+    recipe["name"], recipe["data"]["holdout"] = "again", 0.4  # no hit of what the other run has made
+    command = strata_run(up, recipe, tmp_path / "run")
+    assert command.code == 0, command.printed
+    assert f"{reasons.total()} quarantined" in " ".join(command.printed.split())
+    assert command.peak_mib < 1000
 
 
 def test_a_cancelled_lifecycle_is_resumed_by_retry_with_identical_weights(
@@ -309,15 +376,10 @@ def test_the_schedule_fires_and_ends_in_no_new_data_the_second_time(up: Up, base
 
 
 def test_strata_run_joins_both_servers(up: Up, tiny: Tiny, corpora: dict[str, Path], tmp_path: Path) -> None:
-    recipe = tmp_path / "joined.yaml"
-    recipe.write_text(json.dumps(tiny.pretrain(corpora["old"], name="joined")))
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "deployments.cli", "run", str(recipe)], env=up.environment, cwd=tmp_path,
-        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"prefect  http://127.0.0.1:{PORT}/api" in done.stdout
-    assert f"mlflow   http://127.0.0.1:{PORT + 1}" in done.stdout
+    done = strata_run(up, tiny.pretrain(corpora["old"], name="joined"), tmp_path / "run")
+    assert done.code == 0, done.printed
+    assert f"prefect  http://127.0.0.1:{PORT}/api" in done.printed
+    assert f"mlflow   http://127.0.0.1:{PORT + 1}" in done.printed
     with client() as api:
         assert "pretrain joined" in {run.name for run in api.read_flow_runs()}
 

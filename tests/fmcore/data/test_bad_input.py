@@ -80,7 +80,7 @@ def test_quarantine_sets_it_aside_and_goes_on(prepare: Prepare, made: Callable, 
     assert counts["read"]["s"] == kept + dropped + len(rows)
 
 
-@pytest.mark.parametrize("name", ["missing_path", "empty_glob", "empty_folder"])
+@pytest.mark.parametrize("name", sorted(cases.BAD_INPUTS.keys() - cases.REASONS.keys()))
 def test_a_path_that_leads_nowhere_stops_either_way(prepare: Prepare, made: Callable, name: str) -> None:
     path, format, words = made(name)
     with pytest.raises(DataError, match=words):

@@ -150,7 +150,7 @@ def test_fresh_forgets_the_partial_training(based: Any, tiny: Any, corpora: dict
 def test_costs(base_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     def cost(recipe: dict[str, Any]) -> Any:
         stage = base_home.resolve(recipe)
-        above = parent_shape(recipe.get("parent", ""), stage.parent, base_home.store)
+        above = parent_shape(None, stage.parent, base_home.store)
         return estimate_cost(stage.recipe, stage.steps, above, base_home.store)
 
     [checkpoint] = base_home.store.all(Checkpoint)
