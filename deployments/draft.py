@@ -14,7 +14,7 @@ from fmcore.data.look import DataFiles, RecordsLook, Sample, TextLook, data_file
 from fmcore.errors import DataError, UserInputError
 from fmcore.model.presets import PRESETS, estimate_parameters
 from fmcore.planning.explain import BYTES_PER_TOKEN
-from fmcore.planning.shape import Shape, parent_shape
+from fmcore.planning.shape import Shape, folder_shape, parent_shape
 from fmcore.planning.sizes import BUDGET_S, batch_for, holdout_for, pretrain_sizes, rounded, usual_rate
 from fmcore.recipes.fields import Task
 from fmcore.recipes.parents import Folder, parse_parent
@@ -233,7 +233,10 @@ class Draft:
         made = {model.uri: model for model in self._store.all(RegisteredModel)}
         named = [model for model in made.values() if parent in (model.model, f"{model.model}@champion", model.uri)]
         accepted = [model for model in named if model.verdict in ACCEPTED] or named
-        return parent_shape(_model_folder(parent), max(accepted, key=lambda m: m.version, default=None), self._store)
+        if newest := max(accepted, key=lambda m: m.version, default=None):
+            return parent_shape(None, newest, self._store)
+        folder = _model_folder(parent)
+        return folder_shape(folder) if folder else None
 
     def _near(self, path: str) -> str:
         """The path as seen from the recipe's folder, where that is short; URLs and far paths as they are, absolute."""

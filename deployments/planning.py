@@ -57,7 +57,7 @@ def plan_recipe(recipe: Recipe) -> list[StagePlan]:
     from fmcore.planning.resolve import resolve_stage
 
     resolved = resolve_stage(recipe, workspace, store)
-    above = parent_shape(resolved.outside.folder if resolved.outside else None, resolved.parent, store)
+    above = parent_shape(resolved.outside, resolved.parent, store)
     return [_plan_stage(resolved.recipe, resolved.steps, resolved.parent, above, store)]
 
 

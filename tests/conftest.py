@@ -368,6 +368,7 @@ def quiet_environment() -> Iterator[None]:
             "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
             "PREFECT_LOGGING_EXTRA_LOGGERS": "strata",
+            "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",

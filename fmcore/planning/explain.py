@@ -99,9 +99,10 @@ def _plan_import(steps: StageSteps, store: Store) -> list[PlannedStep]:
 
 def explain_miss(step: Step, others: list[Artifact], before: list[PlannedStep]) -> str:
     """Why a step is a miss: the fields that differ from the nearest artifact, or the step upstream."""
-    if not others:
-        return f"no {step.kind} yet"
-    nearest = min(others, key=lambda other: len(list(_differences(other, step))))
+    alike = [other for other in others if _is_alike(other, step)]
+    if not alike:
+        return f"no {step.kind} {'of this form ' if others else ''}yet"
+    nearest = min(alike, key=lambda other: len(list(_differences(other, step))))
     changed = list(_differences(nearest, step))
     own = [text for role, text in changed if role is None]
     if own:
@@ -118,6 +119,12 @@ def explain_miss(step: Step, others: list[Artifact], before: list[PlannedStep]) 
         if not changed
         else f"other {', '.join(sorted({r for r, _ in changed if r}))}"
     )
+
+
+def _is_alike(other: Artifact, step: Step) -> bool:
+    """Whether comparing settings says anything: records have hardly a setting in common with texts."""
+    old, new = other.config.keys(), step.config.keys()
+    return 2 * len(old & new) > len(old | new)
 
 
 def _differences(other: Artifact, step: Step) -> Iterator[tuple[str | None, str]]:

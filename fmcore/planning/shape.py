@@ -8,6 +8,7 @@ from fmcore.artifacts.ancestry import checkpoint_of
 from fmcore.artifacts.files import read_json
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Checkpoint, RegisteredModel
+from fmcore.model.outside import CONFIG, Outside
 from fmcore.model.presets import estimate_parameters, model_fields
 from fmcore.recipes.stages import FinetuneRecipe, PretrainRecipe, StageRecipe
 from fmcore.training.train import inherited_spec
@@ -69,18 +70,18 @@ def block_sizes(fields: dict[str, Any]) -> tuple[int, int, int, float]:
     return width, layers, inner, int(fields.get("num_key_value_heads", heads)) / heads
 
 
-def parent_shape(outside: Path | None, parent: RegisteredModel | None, store: Store) -> Shape | None:
-    """The parent's shape: as it was trained here, or by its config where it is a folder from outside."""
+def parent_shape(outside: Outside | None, parent: RegisteredModel | None, store: Store) -> Shape | None:
+    """The parent's shape: as it was trained here, or by its files where it comes from outside."""
     if parent is not None:
         return _trained_shape(checkpoint_of(store, parent), store)
-    return _folder_shape(outside / "config.json") if outside else None
+    return replace(folder_shape(outside.folder), parameters=outside.num_parameters) if outside else None
 
 
 def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
     whole = checkpoint
     while whole.method == "lora":
         whole = store.get(whole.parents["parent"], Checkpoint)
-    fields = read_json(whole.final / "config.json")
+    fields = read_json(whole.final / CONFIG)
     trained = inherited_spec(checkpoint)
     return Shape(
         fields, whole.num_parameters, int(fields["vocab_size"]), trained["seq_len"], trained["batch_tokens"],
@@ -88,11 +89,12 @@ def _trained_shape(checkpoint: Checkpoint, store: Store) -> Shape:
     )  # fmt: skip
 
 
-def _folder_shape(config: Path) -> Shape:
-    fields = read_json(config)
+def folder_shape(folder: Path) -> Shape:
+    """The shape of a model in transformers' format by its config; its parameters are estimated."""
+    fields = read_json(folder / CONFIG)
     vocabulary = int(fields.get("vocab_size", 0))
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or FOLDER_SEQ_LEN)
     return Shape(
         fields, estimate_parameters(fields, vocabulary), vocabulary, min(longest, FOLDER_SEQ_LEN),
-        FOLDER_BATCH_TOKENS, config.parent,
+        FOLDER_BATCH_TOKENS, folder,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from fmcore.artifacts.types import Checkpoint
 from fmcore.planning.memory import BASE_BYTES, estimate_memory
-from fmcore.planning.shape import Shape, parent_shape, shape_of, trainable_parameters
+from fmcore.planning.shape import Shape, folder_shape, parent_shape, shape_of, trainable_parameters
 from fmcore.recipes.load import parse_recipe
 
 
@@ -118,8 +118,7 @@ def test_a_folder_in_transformers_format_has_a_shape(tmp_path: Path, fresh_home:
     fields = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
               "intermediate_size": 128, "vocab_size": 500, "max_position_embeddings": 4096}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    shape = parent_shape(tmp_path, None, fresh_home.store)
-    assert shape is not None
+    shape = folder_shape(tmp_path)
     assert (shape.vocab_size, shape.seq_len) == (500, 1024)
     assert shape.parameters > 500 * 64
     assert parent_shape(None, None, fresh_home.store) is None

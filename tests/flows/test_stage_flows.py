@@ -338,6 +338,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(
     for name in ("markdown", "progress", "table"):
         monkeypatch.setattr(cards, f"create_{name}_artifact", away)
     in_home(fresh_home)
+    monkeypatch.setattr(cards.logger, "handlers", [caplog.handler])  # Prefect ends the propagation of extra loggers
     assert run(pretrain, recipes["pretrain"]).name == "Completed"
     assert caplog.text.count("for Prefect does not answer") == 3
     monkeypatch.setattr(cards, "update_progress_artifact", away)

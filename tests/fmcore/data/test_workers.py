@@ -54,8 +54,19 @@ def prepare(what: TextData | TaskData, home: Path, workers: int) -> Documents:
     return prepare_documents(documents_step("x", what, None, store.digests), what, None, store, workers=workers)
 
 
+BEFORE: set[psutil.Process] = set()  # what earlier tests of the session have left running, as a server
+
+
+@pytest.fixture(autouse=True)
+def _remember_others() -> None:
+    BEFORE.clear()
+    BEFORE.update(psutil.Process().children(recursive=True))
+
+
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """Processes that a test has started and that live."""
+    now = psutil.Process().children(recursive=True)
+    return [p for p in now if p not in BEFORE and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_any_number_of_processes_makes_the_same_documents(corpus: Path, tmp_path: Path) -> None:

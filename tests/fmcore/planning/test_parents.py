@@ -13,6 +13,7 @@ from fmcore.artifacts.types import Checkpoint, RegisteredModel
 from fmcore.errors import RecipeError, TrackingError, UnknownModelError
 from fmcore.planning import parents
 from fmcore.planning.explain import estimate_cost, plan_steps
+from fmcore.planning.shape import parent_shape
 from fmcore.recipes.load import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -37,7 +38,9 @@ def test_a_plan_imports_nothing_and_knows_what_would_be_made(
     assert all(because.values())
     assert not list(fresh_home.store.root.glob("*/*/artifact.json"))
     assert before.parent is None
-    cost = estimate_cost(before.recipe, before.steps, None, fresh_home.store)
+    cost = estimate_cost(
+        before.recipe, before.steps, parent_shape(before.outside, None, fresh_home.store), fresh_home.store
+    )
     made = fresh_home.run(recipe)
     [imported] = [c for c in fresh_home.store.all(Checkpoint) if c.imported]
     assert cost.parameters == imported.num_parameters
@@ -160,7 +163,7 @@ def test_a_registry_that_is_away(
     assert based.resolve(tiny.finetune(corpora["records"], parent="plays/1")).parent.uri == "plays/1"
     assert based.resolve(unfinished).parent == stage.parent
     assert based.ready(outside).parent.uri == "mine/1"
-    with pytest.raises(TrackingError, match=r"plays@champion cannot be looked up: .* does not answer.*plays/1"):
+    with pytest.raises(TrackingError, match=r"plays@champion has to be looked up .*as in plays/1\. .* does not answer"):
         based.resolve(by_alias)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_pdrop": 0.2}))
