@@ -351,8 +351,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         # peft 0.21 asks transformers 5 for a property of its old name
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-        # prefect's database types lack what SQLAlchemy 2.1 asks for; raised when mappers are configured
-        "ignore:Type object .* does not refer to an OperatorClass",
     ):
         config.addinivalue_line("filterwarnings", line)
 

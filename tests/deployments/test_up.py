@@ -372,7 +372,7 @@ def test_the_schedule_fires_and_ends_in_no_new_data_the_second_time(up: Up, base
             api.update_deployment_schedule(deployment.id, nightly.id, active=False)
     assert (first.state.name, first.auto_scheduled) == ("Completed", True)
     assert second.state.name == "NoNewData"
-    assert Home(up.home).client.get_model_version_by_alias("plays", "champion").version == "2"
+    assert Home(up.home).client.get_model_version_by_alias("plays", "champion").version == 2
 
 
 def test_strata_run_joins_both_servers(up: Up, tiny: Tiny, corpora: dict[str, Path], tmp_path: Path) -> None:
