@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
+from fmcore.data.detect import DataFiles, data_files
 from fmcore.data.files import SourceFile
-from fmcore.data.look import DataFiles, RecordsLook, Sample, TextLook, data_files, look_at_records, look_at_text
+from fmcore.data.look import RecordsLook, Sample, TextLook, look_at_records, look_at_text
 from fmcore.errors import DataError, UserInputError
 from fmcore.model.presets import PRESETS, estimate_parameters
 from fmcore.planning.explain import BYTES_PER_TOKEN

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from fmcore.artifacts.ancestry import checkpoint_of, lineage
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import Documents, RegisteredModel
+from fmcore.data.detect import format_of
 from fmcore.data.files import SourceFile, open_bytes
 from fmcore.data.ledger import Ledger
-from fmcore.data.look import format_of, pair_of, rows_of_file
+from fmcore.data.look import pair_of, rows_of_file
 from fmcore.data.normalize import content_id, normalize
 from fmcore.data.places import Bad, origin
 from fmcore.data.tables import read_rows

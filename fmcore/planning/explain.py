@@ -23,7 +23,7 @@ from fmcore.artifacts.types import (
     RegisteredModel,
     TokenShards,
 )
-from fmcore.data.look import about_chars
+from fmcore.data.detect import about_chars
 from fmcore.data.sources import source_files
 from fmcore.planning.memory import Memory, estimate_memory
 from fmcore.planning.shape import Shape, shape_of, trainable_parameters

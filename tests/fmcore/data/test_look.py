@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fmcore.data.look import data_files, look_at_records, look_at_text
+from fmcore.data.detect import data_files
+from fmcore.data.look import look_at_records, look_at_text
 from fmcore.errors import DataError
 
 
@@ -174,3 +175,9 @@ def test_a_sample_of_a_large_file_says_about(tmp_path: Path, monkeypatch: pytest
     assert not look.sample.exact
     assert len(look.sample.rows) < 100
     assert look.sample.num_records == pytest.approx(400, rel=0.2)
+
+
+def test_a_deeply_nested_line_is_looked_at_as_text(tmp_path: Path) -> None:
+    """By the name it would be JSON; without one, what does not parse is text, and never a crash."""
+    (tmp_path / "deep").write_text('{"text": ' + "[" * 100_000)
+    assert data_files(str(tmp_path)).format == "text"
