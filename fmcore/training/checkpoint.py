@@ -1,16 +1,16 @@
 """The training state on disk: written beside the old one, flushed, verified, and only then pointed at.
 
 latest/step-00000123/  model.safetensors, optimizer.safetensors, state.json, manifest.json (sha256s)
-latest/pointer.json    which of the two kept ones to resume from
+latest/pointer.json    which of the two kept ones to resume from, and the sha256 of each one's manifest
 
 No pickle: tensors are safetensors, the rest is JSON. The random state is no tensor to keep: every step seeds
 its generator from (seed, step), so the step number is the whole of it.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,11 +22,13 @@ from fmcore.training.optimizer import load_state, state_tensors
 
 KEPT = 2
 POINTER = "pointer.json"
+MANIFEST = "manifest.json"
 
 
 class TrainState(BaseModel):
     """Where a training is. step: optimizer steps done; tokens: positions fed; seconds: time spent in steps.
 
+    saves, save_stall_s: states saved, and for how long training stood still for them.
     threads, micro_batch, packages: what the bits of the result depend on, used again on resume.
     """
 
@@ -35,9 +37,23 @@ class TrainState(BaseModel):
     tokens: int = 0
     seconds: float = 0.0
     smoothed_loss: float | None = None
+    saves: int = 0
+    save_stall_s: float = 0.0
     threads: int
     micro_batch: int
     packages: dict[str, str]
+
+
+class Snapshot(NamedTuple):
+    """Weights and optimizer state by name, on the CPU, apart from those that training goes on to change."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+
+    def write(self, folder: Path) -> None:
+        """Write model.safetensors and optimizer.safetensors."""
+        save_file(self.model, folder / "model.safetensors")
+        save_file(self.optimizer, folder / "optimizer.safetensors")
 
 
 class Trainee:
@@ -47,16 +63,16 @@ class Trainee:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
         self._names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
+        self._snapshot = Snapshot({}, {})
 
-    def save(self, folder: Path) -> None:
-        """Write model.safetensors and optimizer.safetensors."""
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-        save_file(tensors, folder / "model.safetensors")
-        state = {name: t.cpu() for name, t in state_tensors(self.optimizer, self._names).items()}
-        save_file(state, folder / "optimizer.safetensors")
+    def snapshot(self) -> Snapshot:
+        """A copy in memory that the next one takes again: write it before you ask for another."""
+        _copy(self.parameters, self._snapshot.model)
+        _copy(state_tensors(self.optimizer, self._names), self._snapshot.optimizer)
+        return self._snapshot
 
     def load(self, folder: Path) -> None:
-        """Read both back."""
+        """Read weights and optimizer state back."""
         tensors = load_file(folder / "model.safetensors")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -68,46 +84,92 @@ class Trainee:
         load_state(self.optimizer, self._names, load_file(path))
 
 
-def write_state(folder: Path, trainee: Trainee, state: TrainState) -> None:
-    """Write one complete, flushed state folder in place of whatever stands at `folder`."""
+def _copy(source: Mapping[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in source.items():
+            if name in target:
+                target[name].copy_(tensor)
+            else:
+                target[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def write_state(folder: Path, snapshot: Snapshot, state: TrainState) -> str:
+    """Write one complete, flushed state folder in place of whatever stands at `folder`.
+
+    Returns the sha256 of its manifest. What cannot be finished, on a full disk, leaves nothing behind.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    trainee.save(temporary)
-    write_json(temporary / "state.json", state.model_dump())
-    manifest = {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in sorted(temporary.iterdir())}
-    write_json(temporary / "manifest.json", manifest)
-    fsync_tree(temporary)
+    try:
+        snapshot.write(temporary)
+        write_json(temporary / "state.json", state.model_dump())
+        manifest = {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, manifest)
+        fsync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     fsync_path(folder.parent)
+    return sha256_file(folder / MANIFEST)
+
+
+def write_latest(latest: Path, snapshot: Snapshot, state: TrainState) -> None:
+    """Write, verify by reading back, then move the pointer, then drop all but the last two."""
+    folder = latest / f"step-{state.step:08d}"
+    digest = write_state(folder, snapshot, state)
+    if problem := damage(folder, digest):
+        raise OSError(f"the state just written does not read back: {problem}")
+    known = {name: sha for name, sha in _manifests(latest).items() if (latest / name).is_dir()}
+    kept = [p.name for p in _newest_first(latest) if p.name == folder.name or p.name in known][:KEPT]
+    write_json(
+        latest / POINTER,
+        {"folder": folder.name, "manifests": {name: digest if name == folder.name else known[name] for name in kept}},
+    )
+    for old in _newest_first(latest):
+        if old.name not in kept:
+            shutil.rmtree(old)
 
 
 def save_latest(latest: Path, trainee: Trainee, state: TrainState) -> None:
-    """Save, verify by reading back, then move the pointer, then drop all but the last two."""
-    folder = latest / f"step-{state.step:08d}"
-    write_state(folder, trainee, state)
-    if problem := damage(folder):
-        raise OSError(f"the state just written does not read back: {problem}")
-    write_json(latest / POINTER, {"folder": folder.name})
-    for old in sorted(latest.glob("step-????????"))[:-KEPT]:
-        shutil.rmtree(old)
+    """Copy, and write at once."""
+    write_latest(latest, trainee.snapshot(), state)
 
 
-def resume_points(latest: Path) -> Iterator[Path]:
-    """State folders to resume from, the pointed one first, then older ones."""
-    folders = sorted(latest.glob("step-????????"), reverse=True)
-    pointer = latest / POINTER
-    if pointer.exists():
-        pointed = latest / read_json(pointer)["folder"]
-        folders = [pointed, *(f for f in folders if f.name < pointed.name)]
-    yield from folders
+def _newest_first(latest: Path) -> list[Path]:
+    return sorted(latest.glob("step-????????"), reverse=True)
+
+
+def _pointer(latest: Path) -> dict[str, Any]:
+    """What the pointer says; nothing where it is missing or damaged."""
+    try:
+        pointer = read_json(latest / POINTER)
+    except (OSError, ValueError):
+        return {}
+    return pointer if isinstance(pointer, dict) else {}
+
+
+def _manifests(latest: Path) -> dict[str, str]:
+    """Folder name -> sha256 of its manifest, of the states that were verified when they were written."""
+    manifests = _pointer(latest).get("manifests")
+    return manifests if isinstance(manifests, dict) else {}
+
+
+def resume_points(latest: Path) -> Iterator[tuple[Path, str]]:
+    """(state folder, sha256 of its manifest where that is known), the pointed one first, then newest to oldest."""
+    manifests, pointed = _manifests(latest), _pointer(latest).get("folder")
+    folders = sorted(_newest_first(latest), key=lambda folder: folder.name != pointed)
+    yield from ((folder, manifests.get(folder.name, "")) for folder in folders)
 
 
 def load_latest(latest: Path, trainee: Trainee) -> TrainState | None:
     """Load the newest state that verifies; a damaged one is named and passed over."""
-    for folder in resume_points(latest):
-        if problem := damage(folder):
+    if (latest / POINTER).exists() and not _manifests(latest):
+        print(f"WARNING: {POINTER} is damaged; looking for the newest state that is whole")
+    for folder, digest in resume_points(latest):
+        if problem := damage(folder, digest):
             print(f"WARNING: {folder.name} is damaged ({problem}); going back to the state before it")
             continue
         trainee.load(folder)
@@ -117,23 +179,27 @@ def load_latest(latest: Path, trainee: Trainee) -> TrainState | None:
 
 def peek_latest(latest: Path) -> dict[str, Any] | None:
     """The state.json that a resume would start from, if there is one."""
-    for folder in resume_points(latest):
-        if damage(folder) is None:
+    for folder, digest in resume_points(latest):
+        if damage(folder, digest) is None:
             return dict(read_json(folder / "state.json"))
     return None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a state folder, or None."""
+def damage(folder: Path, digest: str = "") -> str | None:
+    """What is wrong with a state folder, or None. digest: of its manifest, where that is known."""
     try:
-        manifest = read_json(folder / "manifest.json")
-    except (OSError, ValueError):
-        return "its manifest.json cannot be read"
-    for name, recorded in manifest.items():
+        manifest = read_json(folder / MANIFEST)
+        files = [(name, recorded["sha256"], recorded["size"]) for name, recorded in manifest.items()]
+        matches = not digest or sha256_file(folder / MANIFEST) == digest
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return f"its {MANIFEST} cannot be read"
+    if not matches:
+        return f"{MANIFEST} does not match its sha256"
+    for name, sha256, size in files:
         path = folder / name
-        if not path.is_file() or path.stat().st_size != recorded["size"]:
+        if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or cut short"
-        if sha256_file(path) != recorded["sha256"]:
+        if sha256_file(path) != sha256:
             return f"{name} does not match its sha256"
     return None
 

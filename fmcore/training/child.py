@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.store import package_versions
 from fmcore.data.ledger import ID_TYPE, Ledger, write_ledger
+from fmcore.errors import TrainingError
 from fmcore.model.adapters import add_lora, save_adapter
 from fmcore.model.build import build_model, open_model
 from fmcore.process.guard import Heartbeat, Stop, run_main
@@ -23,6 +24,7 @@ from fmcore.training.loop import train
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.metrics import MetricsLog
 from fmcore.training.optimizer import make_adamw
+from fmcore.training.saving import Saver, could_not_save
 from fmcore.training.spec import TrainSpec
 
 TARGET_MICRO_TOKENS = 8192
@@ -53,8 +55,11 @@ def main(path: Path) -> bool:
     warn_of_other_packages(state)
     _announce(spec, trained, state)
     batches = Batches(spec, pad_id=pad_id(tokenizer))
-    with MetricsLog(folder / METRICS, state.step) as log:
-        done = train(spec, folder, model, trainee, batches, state, log, stop, heartbeat)
+    try:
+        with MetricsLog(folder / METRICS, state.step) as log:
+            done = train(spec, model, trainee, batches, state, Saver(folder, trainee), log, stop, heartbeat)
+    except OSError as error:
+        raise TrainingError(could_not_save(error, folder)) from error
     if not done:
         print(f"stopped after step {state.step}, saved")
         return False

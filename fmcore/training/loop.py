@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -11,9 +10,10 @@ from fmcore.errors import TrainingError
 from fmcore.model.build import decoder_of
 from fmcore.process.guard import Heartbeat, Stop
 from fmcore.training.batches import Batch, Batches
-from fmcore.training.checkpoint import Trainee, TrainState, save_latest, write_state
+from fmcore.training.checkpoint import Trainee, TrainState
 from fmcore.training.loss import next_token_loss
 from fmcore.training.metrics import MetricsLog
+from fmcore.training.saving import Saver
 from fmcore.training.spec import TrainSpec
 
 SMOOTHING = 0.95  # of the loss that progress shows
@@ -21,11 +21,11 @@ SMOOTHING = 0.95  # of the loss that progress shows
 
 def train(
     spec: TrainSpec,
-    folder: Path,
     model: PreTrainedModel,
     trainee: Trainee,
     batches: Batches,
     state: TrainState,
+    saver: Saver,
     log: MetricsLog,
     stop: Stop,
     heartbeat: Heartbeat,
@@ -44,9 +44,10 @@ def train(
 
     while state.step < num_steps:
         if state.step == spec.schedule.stable_step and spec.method == "full":
-            write_state(folder / "stable", trainee, state)
+            saver.save_stable(state)
         if stop.requested:
-            save_latest(folder / "latest", trainee, state)
+            saver.save_latest(state)
+            saver.wait()
             return False
 
         # step
@@ -91,9 +92,11 @@ def train(
         heartbeat.beat()
 
         # save
-        if time.monotonic() - last_save >= spec.save_interval_s and state.step < num_steps:
-            save_latest(folder / "latest", trainee, state)
+        due = time.monotonic() - last_save >= spec.save_interval_s and state.step < num_steps
+        if due and not saver.busy:
+            saver.save_latest(state)
             last_save = time.monotonic()
+    saver.wait()
     return True
 
 

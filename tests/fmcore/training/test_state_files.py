@@ -1,11 +1,15 @@
 """The training state on disk: exact, verified, two kept, no pickle."""
 
 import json
+import os
+import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fmcore.artifacts.files import sha256_file
 from fmcore.training import checkpoint as checkpoint_module
 from fmcore.training.checkpoint import (
     Trainee,
@@ -64,7 +68,11 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 def test_two_are_kept_and_the_pointer_names_the_newest(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
-    assert json.loads((tmp_path / "pointer.json").read_text()) == {"folder": "step-00000003"}
+    pointer = json.loads((tmp_path / "pointer.json").read_text())
+    assert pointer["folder"] == "step-00000003"
+    assert pointer["manifests"] == {
+        name: sha256_file(tmp_path / name / "manifest.json") for name in ("step-00000002", "step-00000003")
+    }
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -99,11 +107,11 @@ def test_nothing_readable_starts_anew(tmp_path: Path) -> None:
 
 def test_the_pointer_moves_after_the_new_state_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 1)
-    monkeypatch.setattr(checkpoint_module, "damage", lambda folder: "a bad disk")
+    monkeypatch.setattr(checkpoint_module, "damage", lambda folder, digest: "a bad disk")
     with pytest.raises(OSError, match="does not read back"):
         save_latest(tmp_path, trainee(2), state(2))
     monkeypatch.undo()
-    assert json.loads((tmp_path / "pointer.json").read_text()) == {"folder": "step-00000001"}
+    assert json.loads((tmp_path / "pointer.json").read_text())["folder"] == "step-00000001"
     assert load_latest(tmp_path, trainee()) == state(1)
 
 
@@ -125,7 +133,7 @@ def test_a_crash_before_the_pointer_moves_resumes_from_the_old_one(
 
 
 def test_no_pickle(tmp_path: Path) -> None:
-    write_state(tmp_path / "stable", trainee(), state(1))
+    write_state(tmp_path / "stable", trainee().snapshot(), state(1))
     found = sorted(p.name for p in (tmp_path / "stable").iterdir())
     assert found == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     for path in (tmp_path / "stable").glob("*.safetensors"):
@@ -136,8 +144,78 @@ def test_no_pickle(tmp_path: Path) -> None:
 
 
 def test_an_overwritten_state_is_never_half_of_each(tmp_path: Path) -> None:
-    write_state(tmp_path / "stable", trainee(1), state(1))
-    write_state(tmp_path / "stable", trainee(2), state(2))
+    write_state(tmp_path / "stable", trainee(1).snapshot(), state(1))
+    write_state(tmp_path / "stable", trainee(2).snapshot(), state(2))
     assert damage(tmp_path / "stable") is None
     assert json.loads((tmp_path / "stable" / "state.json").read_text())["step"] == 2
     assert not (tmp_path / "stable.tmp").exists()
+
+
+# ---- crashes and damage
+
+
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate")
+
+
+def save_and_die(latest: Path, step: int, at: int) -> bool:
+    """Save in a forked process that ends at its `at`-th operation on a file; whether it got there."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = at
+
+    def count(event: str, given: tuple) -> None:
+        nonlocal left
+        if event in FILE_EVENTS and str(latest) in str(given[:2]):
+            left -= 1
+            if left == 0:
+                os._exit(9)
+
+    subject = trainee(step)
+    sys.addaudithook(count)  # cannot be taken off again: hence the process
+    save_latest(latest, subject, state(step))
+    os._exit(0)
+
+
+def test_a_crash_at_any_operation_on_files_leaves_a_state_to_load(tmp_path: Path) -> None:
+    """Three states in a row, the third of which drops the first; each save dies at each of its operations."""
+    at = crashes = 0
+    for step in (2, 3):
+        at = 1
+        while True:
+            latest = saved(tmp_path / f"{step}-{at}", *range(1, step))
+            if not save_and_die(latest, step, at):
+                break
+            other = trainee(99)
+            loaded = load_latest(latest, other)
+            assert loaded in (state(step - 1), state(step))
+            assert same(trainee(loaded.step), other)
+            saved(latest, step, step + 1)  # and what the crash left is no obstacle
+            assert load_latest(latest, other) == state(step + 1)
+            at += 1
+        crashes += at - 1
+        assert load_latest(latest, trainee()) == state(step)
+    assert crashes > 30
+
+
+def test_one_byte_changed_in_any_file_is_found(tmp_path: Path) -> None:
+    """A hundred random bytes of a hundred fresh copies; never is what is loaded anything but what was saved."""
+    latest = saved(tmp_path / "latest", 1, 2)
+    files = sorted(path for path in latest.rglob("*") if path.is_file() and "step-00000001" not in path.parts)
+    assert [path.name for path in files] == [
+        "pointer.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    chance = random.Random(0)
+    for number in range(100):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        place = chance.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ chance.randrange(1, 256)]) + whole[place + 1 :])
+        other = trainee(99)
+        loaded = load_latest(latest, other)
+        if path.name == "pointer.json":
+            assert loaded in (state(1), state(2)), number
+        else:
+            assert loaded == state(1), (path.name, place)
+        assert same(trainee(loaded.step), other)
+        path.write_bytes(whole)

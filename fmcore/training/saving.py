@@ -1,0 +1,73 @@
+"""Saves off the training thread: training waits for a copy in memory, a thread writes and verifies it."""
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fmcore.errors import TrainingError
+from fmcore.training.checkpoint import Snapshot, Trainee, TrainState, write_latest, write_state
+
+Write = Callable[[Snapshot, TrainState], object]
+
+
+class Saver:
+    """Writes the states of one training below its folder, one at a time.
+
+    A state that could not be written raises TrainingError in the training thread, at its next call here.
+    """
+
+    def __init__(self, folder: Path, trainee: Trainee) -> None:
+        self._folder = folder
+        self._trainee = trainee
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a state is still being written."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def save_latest(self, state: TrainState) -> None:
+        """Begin to write the state to resume from. Waits for the one before it, if that is not written yet."""
+        self._save(state, lambda snapshot, then: write_latest(self._folder / "latest", snapshot, then))
+
+    def save_stable(self, state: TrainState) -> None:
+        """Begin to write the state that continuous pre-training will start from."""
+        self._save(state, lambda snapshot, then: write_state(self._folder / "stable", snapshot, then))
+
+    def wait(self) -> None:
+        """Return when all is written. Raises TrainingError where it could not be."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            raise TrainingError(could_not_save(self._error, self._folder)) from self._error
+
+    def _save(self, state: TrainState, write: Write) -> None:
+        start = time.perf_counter()
+        self.wait()
+        snapshot = self._trainee.snapshot()
+        state.saves += 1
+        state.save_stall_s += time.perf_counter() - start
+        self._writer = threading.Thread(target=self._write, args=(write, snapshot, state.model_copy()), daemon=True)
+        self._writer.start()
+
+    def _write(self, write: Write, snapshot: Snapshot, state: TrainState) -> None:
+        try:
+            write(snapshot, state)
+        except (OSError, SafetensorError) as error:
+            self._error = error
+
+
+def could_not_save(error: Exception, folder: Path) -> str:
+    """What to do about a state, or a line of metrics, that could not be written."""
+    why = getattr(error, "strerror", None) or str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in why
+    return (
+        f"the training cannot be saved in {folder}: {why}. What was saved before is whole; "
+        f"{'free some space' if full else 'see to it'}, and run the same command again to go on from there"
+    )

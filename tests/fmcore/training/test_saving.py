@@ -1,0 +1,111 @@
+"""Saves off the training thread: what they cost it, and what happens where they fail."""
+
+import errno
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from fmcore.errors import TrainingError
+from fmcore.training import saving
+from fmcore.training.checkpoint import Snapshot, Trainee, TrainState, damage, initial_state, load_latest
+from fmcore.training.optimizer import make_adamw
+from fmcore.training.saving import Saver
+
+
+@pytest.fixture
+def trainee() -> Trainee:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    optimizer = make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return Trainee(model, optimizer)
+
+
+def state(step: int) -> TrainState:
+    return initial_state(threads=1, micro_batch=8).model_copy(update={"step": step})
+
+
+class Gate:
+    """Holds a write back until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        write = saving.write_latest
+
+        def held(latest: Path, snapshot: Snapshot, state: TrainState) -> None:
+            assert self.opened.wait(60)
+            write(latest, snapshot, state)
+
+        monkeypatch.setattr(saving, "write_latest", held)
+
+
+def change(trainee: Trainee) -> None:
+    with torch.no_grad():
+        for parameter in trainee.parameters.values():
+            parameter.add_(1)
+            trainee.optimizer.state[parameter]["exp_avg"].add_(1)
+
+
+def test_what_is_written_is_the_state_at_the_save(
+    tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, saver, now = Gate(monkeypatch), Saver(tmp_path, trainee), state(3)
+    before = {name: p.detach().clone() for name, p in trainee.parameters.items()}
+    saver.save_latest(now)
+    change(trainee)
+    now.step = 4
+    assert saver.busy
+    assert not (tmp_path / "latest").exists()
+    gate.opened.set()
+    saver.wait()
+    assert not saver.busy
+    loaded = load_latest(tmp_path / "latest", trainee)
+    assert loaded is not None
+    assert loaded.step == 3
+    assert all(torch.equal(before[name], p) for name, p in trainee.parameters.items())
+
+
+def test_a_second_save_waits_for_the_first(tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, saver, now = Gate(monkeypatch), Saver(tmp_path, trainee), state(1)
+    saver.save_latest(now)
+    threading.Timer(0.3, gate.opened.set).start()
+    now.step = 2
+    saver.save_latest(now)
+    saver.wait()
+    assert now.saves == 2
+    assert now.save_stall_s >= 0.2
+    assert sorted(p.name for p in (tmp_path / "latest").glob("step-*")) == ["step-00000001", "step-00000002"]
+
+
+def test_stable_is_written_beside(tmp_path: Path, trainee: Trainee) -> None:
+    saver = Saver(tmp_path, trainee)
+    saver.save_stable(state(5))
+    saver.wait()
+    assert damage(tmp_path / "stable") is None
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "free some space"), (errno.EIO, "see to it")])
+def test_a_state_that_cannot_be_written_is_told_in_the_training_thread(
+    tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    saver = Saver(tmp_path, trainee)
+    saver.save_latest(state(1))
+    saver.wait()
+
+    def full(self: Snapshot, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise OSError(number, "the disk says no")
+
+    monkeypatch.setattr(Snapshot, "write", full)
+    saver.save_latest(state(2))
+    with pytest.raises(TrainingError, match=f"the disk says no. What was saved before is whole; {words}"):
+        saver.wait()
+    with pytest.raises(TrainingError):
+        saver.save_latest(state(3))
+    assert sorted(p.name for p in (tmp_path / "latest").iterdir()) == ["pointer.json", "step-00000001"]
+    loaded = load_latest(tmp_path / "latest", trainee)
+    assert loaded is not None
+    assert loaded.step == 1
