@@ -206,6 +206,12 @@ class Optimization(Block):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    spike_sigma: float = Field(
+        6,
+        ge=0,
+        description="A step is skipped whose loss or gradient norm lies so many standard deviations above the "
+        "mean of the last 128 steps; 0 = only one that is not finite.",
+    )
     decay_fraction: float = Field(0.15, gt=0, le=1, description="wsd: share of the steps in which the rate decays.")
 
     @model_validator(mode="after")

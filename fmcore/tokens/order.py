@@ -6,9 +6,11 @@ at once, at any number of processes.
 Slots are numbered through all steps. A slot's pool follows from fixed weights (blocks of 4,096 slots hold
 exact quotas, spread evenly); the how-manieth slot of its pool it is gives an epoch and a position; a keyed
 bijection (Feistel network with cycle walking, Black & Rogaway 2002) turns the position into a sample.
+
+Windows of slots can be left out, where a training went wrong on them: the slots of later steps then move up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -30,13 +32,15 @@ class Order:
     """The samples of every step.
 
     pools: their weights are shares, relative to each other. batch_samples: slots in one step.
-    num_samples: slots in the whole run; the last step takes what is left.
+    num_samples: slots in the whole run; the last step takes what is left. windows: (first, count) of slots that
+    no step takes, in ascending order.
     """
 
     seed: int
     pools: tuple[Pool, ...]
     batch_samples: int
     num_samples: int
+    windows: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -53,8 +57,8 @@ class Order:
         return self.slots(np.arange(first + rank, last, world, dtype=np.int64))
 
     def slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(pool, sample) of any slots, (n,) each."""
-        blocks, within = np.divmod(slots, BLOCK)
+        """(pool, sample) of any slots, counted without those left out, (n,) each."""
+        blocks, within = np.divmod(self._moved_up(slots), BLOCK)
         pools = self._layout[0][within]
         ordinals = blocks * self._quotas[pools] + self._layout[1][within]
         samples = np.empty(len(slots), dtype=np.int64)
@@ -62,6 +66,18 @@ class Order:
             mine = pools == index
             samples[mine] = self._draw(index, pool, ordinals[mine])
         return pools, samples
+
+    def _moved_up(self, slots: np.ndarray) -> np.ndarray:
+        for first, count in self.windows:
+            slots = np.where(slots >= first, slots + count, slots)
+        return slots
+
+    def without(self, first_step: int, last_step: int) -> "Order":
+        """The same order without the data of steps `first_step` up to, but not including, `last_step`."""
+        ends = np.array([first_step * self.batch_samples, min(last_step * self.batch_samples, self.num_samples) - 1])
+        first, last = (int(slot) for slot in self._moved_up(ends))
+        others = [window for window in self.windows if not first <= window[0] <= last]
+        return replace(self, windows=tuple(sorted([*others, (first, last - first + 1)])))
 
     def _draw(self, index: int, pool: Pool, ordinals: np.ndarray) -> np.ndarray:
         epochs, positions = np.divmod(ordinals, max(pool.num_samples, 1))

@@ -1,6 +1,7 @@
 """Batches: the rows of a step, gathered from the pools that the order draws from."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,13 +47,13 @@ class _Source:
 
 
 class Batches:
-    """The batch of any step, as a function of the step."""
+    """The batch of any step, as a function of the step. windows: data left out, see Order."""
 
-    def __init__(self, spec: TrainSpec, pad_id: int) -> None:
+    def __init__(self, spec: TrainSpec, pad_id: int, windows: Sequence[tuple[int, int]] = ()) -> None:
         self.pools = [[_Source(m, spec.seq_len, pad_id) for m in pool.members] for pool in spec.pools]
         self._starts = [np.cumsum([0, *map(len, pool)]) for pool in self.pools]
         pools = tuple(Pool(pool.weight, int(starts[-1])) for pool, starts in zip(spec.pools, self._starts, strict=True))
-        self.order = Order(spec.seed, pools, spec.batch_samples, spec.num_samples)
+        self.order = Order(spec.seed, pools, spec.batch_samples, spec.num_samples, tuple(windows))
 
     def at(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """This rank's rows of a step, counted from 0."""
@@ -72,10 +73,12 @@ class Batches:
         source = self.pools[pool][which]
         return source, source.numbers(indices - self._starts[pool][which])
 
-    def seen_samples(self, num_steps: int) -> list[tuple[_Source, np.ndarray]]:
-        """For each source the sorted numbers of the samples that the first `num_steps` steps held."""
+    def seen_samples(self, num_steps: int, skipped: Sequence[int] = ()) -> list[tuple[_Source, np.ndarray]]:
+        """For each source the sorted numbers of the samples that the first `num_steps` steps held, but `skipped`."""
         num_slots = min(num_steps * self.order.batch_samples, self.order.num_samples)
-        pools, indices = self.order.slots(np.arange(num_slots, dtype=np.int64))
+        slots = np.arange(num_slots, dtype=np.int64)
+        slots = slots[~np.isin(slots // self.order.batch_samples, np.array(skipped, dtype=np.int64))]
+        pools, indices = self.order.slots(slots)
         seen = []
         for pool, sources in enumerate(self.pools):
             mine = np.unique(indices[pools == pool])

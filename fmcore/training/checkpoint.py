@@ -1,14 +1,16 @@
 """The training state on disk: written beside the old one, flushed, verified, and only then pointed at.
 
 latest/step-00000123/  model.safetensors, optimizer.safetensors, state.json, manifest.json (sha256s)
-latest/pointer.json    which of the two kept ones to resume from, and the sha256 of each one's manifest
+latest/pointer.json    which of the kept ones to resume from, and the sha256 of each one's manifest
+
+Kept are the last two, and the last two anchors, which training goes back to when it goes wrong.
 
 No pickle: tensors are safetensors, the rest is JSON. The random state is no tensor to keep: every step seeds
 its generator from (seed, step), so the step number is the whole of it.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fmcore.artifacts.files import fsync_path, fsync_tree, read_json, sha256_file, write_json
 from fmcore.artifacts.store import package_versions
+from fmcore.training.health import Health
 from fmcore.training.optimizer import load_state, state_tensors
 
 KEPT = 2
@@ -28,7 +31,9 @@ MANIFEST = "manifest.json"
 class TrainState(BaseModel):
     """Where a training is. step: optimizer steps done; tokens: positions fed; seconds: time spent in steps.
 
-    saves, save_stall_s: states saved, and for how long training stood still for them.
+    saves, save_stall_s: states saved, and for how long training stood still for them. lost_steps: gone back over.
+    health: of the steps before.
+
     threads, micro_batch, packages: what the bits of the result depend on, used again on resume.
     """
 
@@ -39,9 +44,16 @@ class TrainState(BaseModel):
     smoothed_loss: float | None = None
     saves: int = 0
     save_stall_s: float = 0.0
+    lost_steps: int = 0
+    health: Health = Health()
     threads: int
     micro_batch: int
     packages: dict[str, str]
+
+    def become(self, other: "TrainState") -> None:
+        """Take over all of another state's values."""
+        for name in TrainState.model_fields:
+            setattr(self, name, getattr(other, name))
 
 
 class Snapshot(NamedTuple):
@@ -116,30 +128,38 @@ def write_state(folder: Path, snapshot: Snapshot, state: TrainState) -> str:
     return sha256_file(folder / MANIFEST)
 
 
-def write_latest(latest: Path, snapshot: Snapshot, state: TrainState) -> None:
-    """Write, verify by reading back, then move the pointer, then drop all but the last two."""
+def write_latest(latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int) -> None:
+    """Write, verify by reading back, then move the pointer, then drop what is no longer kept."""
     folder = latest / f"step-{state.step:08d}"
     digest = write_state(folder, snapshot, state)
     if problem := damage(folder, digest):
         raise OSError(f"the state just written does not read back: {problem}")
     known = {name: sha for name, sha in _manifests(latest).items() if (latest / name).is_dir()}
-    kept = [p.name for p in _newest_first(latest) if p.name == folder.name or p.name in known][:KEPT]
-    write_json(
-        latest / POINTER,
-        {"folder": folder.name, "manifests": {name: digest if name == folder.name else known[name] for name in kept}},
-    )
+    known[folder.name] = digest
+    whole = [path for path in _newest_first(latest) if path.name in known]
+    kept = {path.name for path in (*whole[:KEPT], *[p for p in whole if is_anchor(p, anchor_steps)][:KEPT])}
+    write_json(latest / POINTER, {"folder": folder.name, "manifests": {name: known[name] for name in sorted(kept)}})
     for old in _newest_first(latest):
         if old.name not in kept:
             shutil.rmtree(old)
 
 
-def save_latest(latest: Path, trainee: Trainee, state: TrainState) -> None:
+def save_latest(latest: Path, trainee: Trainee, state: TrainState, anchor_steps: int) -> None:
     """Copy, and write at once."""
-    write_latest(latest, trainee.snapshot(), state)
+    write_latest(latest, trainee.snapshot(), state, anchor_steps)
 
 
 def _newest_first(latest: Path) -> list[Path]:
     return sorted(latest.glob("step-????????"), reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def is_anchor(folder: Path, anchor_steps: int) -> bool:
+    """Whether a state folder is one that training may go back to."""
+    return _step_of(folder) % anchor_steps == 0
 
 
 def _pointer(latest: Path) -> dict[str, Any]:
@@ -168,7 +188,26 @@ def load_latest(latest: Path, trainee: Trainee) -> TrainState | None:
     """Load the newest state that verifies; a damaged one is named and passed over."""
     if (latest / POINTER).exists() and not _manifests(latest):
         print(f"WARNING: {POINTER} is damaged; looking for the newest state that is whole")
-    for folder, digest in resume_points(latest):
+    return _load_first(resume_points(latest), trainee)
+
+
+def load_anchor(latest: Path, trainee: Trainee, anchor_steps: int) -> TrainState | None:
+    """Load the last anchor but one, or the last where there is but one, and drop the states of later steps.
+
+    The last may have been saved when things were going wrong already.
+    """
+    anchors = [point for point in resume_points(latest) if is_anchor(point[0], anchor_steps)]
+    kept = sorted(anchors, reverse=True)[:KEPT]
+    state = _load_first([*kept[1:], *kept[:1]], trainee)
+    if state is not None:
+        for folder in _newest_first(latest):
+            if _step_of(folder) > state.step:
+                shutil.rmtree(folder)
+    return state
+
+
+def _load_first(points: Iterable[tuple[Path, str]], trainee: Trainee) -> TrainState | None:
+    for folder, digest in points:
         if problem := damage(folder, digest):
             print(f"WARNING: {folder.name} is damaged ({problem}); going back to the state before it")
             continue

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from fmcore.model.build import build_model, open_model
 from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
-from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest, save_latest
+from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
+from fmcore.training.health import anchor_interval
 from fmcore.training.loop import train
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.metrics import MetricsLog
@@ -46,18 +48,19 @@ def main(path: Path) -> bool:
     trained.to(pick_device(spec.device))
     optimizer = make_adamw(trained.named_parameters(), betas=spec.betas, weight_decay=spec.weight_decay)
     trainee = Trainee(trained, optimizer)
+    saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps))
     state = load_latest(folder / "latest", trainee)
     if state is None:
         state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len))
         if spec.optimizer:
             trainee.load_optimizer(spec.optimizer)
-        save_latest(folder / "latest", trainee, state)  # threads and micro-batch hold from the first step on
+        saver.save_latest(state)  # threads and micro-batch hold from the first step on
     warn_of_other_packages(state)
     _announce(spec, trained, state)
-    batches = Batches(spec, pad_id=pad_id(tokenizer))
+    batches = Batches(spec, pad_id(tokenizer), state.health.windows)
     try:
         with MetricsLog(folder / METRICS, state.step) as log:
-            done = train(spec, model, trainee, batches, state, Saver(folder, trainee), log, stop, heartbeat)
+            done = train(spec, model, trainee, batches, state, saver, log, stop, heartbeat)
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
     if not done:
@@ -135,7 +138,7 @@ def write_final(
         model.config.use_cache = True  # generation wants its cache; only training must not have one
         model.save_pretrained(str(final), safe_serialization=True)
     tokenizer.save_pretrained(str(final))
-    write_ledgers(spec, folder, batches)
+    write_ledgers(spec, folder, batches, state.health.skipped)
     summary = {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -143,6 +146,9 @@ def write_final(
         "num_tokens": state.tokens,
         "train_seconds": state.seconds,
         "final_loss": state.smoothed_loss,
+        "skipped_steps": len(state.health.skipped),
+        "lost_steps": state.lost_steps,
+        "rollbacks": state.health.rollbacks,
     }
     write_json(folder / "summary.json", summary)
 
@@ -152,15 +158,18 @@ def _on_adapters(spec: TrainSpec) -> bool:
     return spec.weights is not None and bool(spec.weights.adapters)
 
 
-def write_ledgers(spec: TrainSpec, folder: Path, batches: Batches) -> None:
-    """What each kept set of weights has seen: its own samples per source, and all documents, ancestors' included."""
+def write_ledgers(spec: TrainSpec, folder: Path, batches: Batches, skipped: Sequence[int]) -> None:
+    """What each kept set of weights has seen: its own samples per source, and all documents, ancestors' included.
+
+    skipped: steps that changed no weights, whose data stays unseen.
+    """
     steps = {"final": spec.schedule.num_steps}
     if (folder / "stable").exists() and spec.schedule.stable_step is not None:
         steps["stable"] = spec.schedule.stable_step
     before = Ledger(spec.ledger).ids if spec.ledger else np.empty(0, dtype=ID_TYPE)
     for which, num_steps in steps.items():
         ids = [np.asarray(before)]
-        for source, numbers in batches.seen_samples(num_steps):
+        for source, numbers in batches.seen_samples(num_steps, skipped):
             ids.append(source.samples.stream.ids[source.samples.documents(numbers)])
             if source.member.own:
                 path = folder / "seen" / which / f"{source.member.source}.bin"

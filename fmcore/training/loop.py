@@ -11,6 +11,7 @@ from fmcore.model.build import decoder_of
 from fmcore.process.guard import Heartbeat, Stop
 from fmcore.training.batches import Batch, Batches
 from fmcore.training.checkpoint import Trainee, TrainState
+from fmcore.training.health import MAX_ROLLBACKS
 from fmcore.training.loss import next_token_loss
 from fmcore.training.metrics import MetricsLog
 from fmcore.training.saving import Saver
@@ -67,12 +68,9 @@ def train(
             loss += part.detach()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.grad_clip))
         value = float(loss)
-        if not (math.isfinite(value) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"step {state.step}: loss is {value}, gradient norm {grad_norm}. Training cannot go on from "
-                f"here; lower train.lr (now {spec.schedule.peak_lr:g}) and run again"
-            )
-        trainee.optimizer.step()
+        problem = state.health.problem(value, grad_norm, spec.spike_sigma)
+        if not problem:
+            trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
 
         # log
@@ -81,23 +79,67 @@ def train(
         state.step += 1
         state.tokens += num_tokens
         state.seconds += seconds
-        smoothed = state.smoothed_loss
-        state.smoothed_loss = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
         log.write(
             {
-                "step": state.step, "tokens": state.tokens, "loss": value, "lr": lr, "grad_norm": grad_norm,
+                "step": state.step, "tokens": state.tokens, "loss": finite(value), "lr": lr,
+                "grad_norm": finite(grad_norm), "skipped": int(bool(problem)),
                 "tokens_per_sec": num_tokens / seconds, "time": time.time(), "sources": batch.sources,
             }
         )  # fmt: skip
         heartbeat.beat()
 
+        # health
+        if problem:
+            print(f"WARNING: step {state.step} changes nothing: its {problem}", flush=True)
+            if state.health.failed(state.step - 1, num_steps):
+                go_back(spec, trainee, batches, state, saver, log, problem)
+            continue
+        state.health.passed(value, grad_norm)
+        smoothed = state.smoothed_loss
+        state.smoothed_loss = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
+
         # save
-        due = time.monotonic() - last_save >= spec.save_interval_s and state.step < num_steps
-        if due and not saver.busy:
+        due = time.monotonic() - last_save >= spec.save_interval_s and not saver.busy
+        if (due or saver.is_anchor(state)) and state.step < num_steps:
             saver.save_latest(state)
             last_save = time.monotonic()
     saver.wait()
     return True
+
+
+def go_back(
+    spec: TrainSpec, trainee: Trainee, batches: Batches, state: TrainState, saver: Saver, log: MetricsLog, problem: str
+) -> None:
+    """Make `state`, weights and optimizer those of an anchor, and leave the data since out for good.
+
+    Raises TrainingError where it was done too often, or no anchor is left.
+    """
+    tried = state.health.rollbacks
+    saved = saver.load_anchor() if tried < MAX_ROLLBACKS else None
+    if saved is None:
+        raise TrainingError(
+            f"step {state.step}: its {problem}, like those of the {state.health.in_a_row - 1} steps before it, and "
+            f"after going back {tried} times. Training cannot go on from here; lower train.lr (now "
+            f"{spec.schedule.peak_lr:g}), or look at the data of the last steps"
+        )
+    print(
+        f"WARNING: {state.health.in_a_row} steps in a row had to be skipped; going back to step {saved.step}, without "
+        f"the data of the {state.step - saved.step} steps since",
+        flush=True,
+    )
+    batches.order = batches.order.without(saved.step, state.step)
+    saved.health.rollbacks = tried + 1
+    saved.health.windows = list(batches.order.windows)
+    saved.lost_steps = state.lost_steps + state.step - saved.step
+    log.go_back(saved.step)
+    state.become(saved)
+    saver.save_latest(state)
+    saver.wait()
+
+
+def finite(value: float) -> float | None:
+    """The value, or None: JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def step_seed(seed: int, step: int) -> int:

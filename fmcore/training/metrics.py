@@ -12,8 +12,17 @@ class MetricsLog:
     """Appends rows; opened at a step, it first cuts back what a lost attempt wrote beyond it."""
 
     def __init__(self, path: Path, step: int) -> None:
-        cut_back(path, step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = self._open_at(step)
+
+    def _open_at(self, step: int) -> TextIO:
+        cut_back(self._path, step)
+        return self._path.open("a", encoding="utf-8")
+
+    def go_back(self, step: int) -> None:
+        """Forget the rows after a step: training goes on from there."""
+        self._file.close()
+        self._file = self._open_at(step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; a reader sees whole lines only."""

@@ -60,4 +60,6 @@ class ProgressReader:
         per_step = seconds / steps if steps > 0 else 0.0
         rate = (last["tokens"] - first["tokens"]) / seconds if seconds > 0 else last["tokens_per_sec"]
         left = (self._num_steps - last["step"]) * per_step
-        return Progress(self._name, int(last["step"]), self._num_steps, last["loss"], rate, left)
+        losses = [row["loss"] for row in self._rows if row["loss"] is not None]  # None: it was not finite
+        loss = losses[-1] if losses else float("nan")
+        return Progress(self._name, int(last["step"]), self._num_steps, loss, rate, left)

@@ -9,7 +9,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fmcore.errors import TrainingError
-from fmcore.training.checkpoint import Snapshot, Trainee, TrainState, write_latest, write_state
+from fmcore.training.checkpoint import (
+    Snapshot,
+    Trainee,
+    TrainState,
+    load_anchor,
+    write_latest,
+    write_state,
+)
 
 Write = Callable[[Snapshot, TrainState], object]
 
@@ -20,8 +27,10 @@ class Saver:
     A state that could not be written raises TrainingError in the training thread, at its next call here.
     """
 
-    def __init__(self, folder: Path, trainee: Trainee) -> None:
+    def __init__(self, folder: Path, trainee: Trainee, anchor_steps: int) -> None:
         self._folder = folder
+        self._latest = folder / "latest"
+        self._anchor_steps = anchor_steps
         self._trainee = trainee
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
@@ -33,11 +42,20 @@ class Saver:
 
     def save_latest(self, state: TrainState) -> None:
         """Begin to write the state to resume from. Waits for the one before it, if that is not written yet."""
-        self._save(state, lambda snapshot, then: write_latest(self._folder / "latest", snapshot, then))
+        self._save(state, lambda snapshot, then: write_latest(self._latest, snapshot, then, self._anchor_steps))
 
     def save_stable(self, state: TrainState) -> None:
         """Begin to write the state that continuous pre-training will start from."""
         self._save(state, lambda snapshot, then: write_state(self._folder / "stable", snapshot, then))
+
+    def is_anchor(self, state: TrainState) -> bool:
+        """Whether a state has to be saved, to be gone back to."""
+        return state.step % self._anchor_steps == 0
+
+    def load_anchor(self) -> TrainState | None:
+        """Put the trainee back to an anchor."""
+        self.wait()
+        return load_anchor(self._latest, self._trainee, self._anchor_steps)
 
     def wait(self) -> None:
         """Return when all is written. Raises TrainingError where it could not be."""
@@ -53,7 +71,9 @@ class Saver:
         snapshot = self._trainee.snapshot()
         state.saves += 1
         state.save_stall_s += time.perf_counter() - start
-        self._writer = threading.Thread(target=self._write, args=(write, snapshot, state.model_copy()), daemon=True)
+        self._writer = threading.Thread(
+            target=self._write, args=(write, snapshot, state.model_copy(deep=True)), daemon=True
+        )
         self._writer.start()
 
     def _write(self, write: Write, snapshot: Snapshot, state: TrainState) -> None:

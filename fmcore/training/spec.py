@@ -65,6 +65,7 @@ class TrainSpec(_Block):
     betas: tuple[float, float]
     weight_decay: float
     grad_clip: float
+    spike_sigma: float
     ledger: Path | None
     device: Literal["auto", "cpu", "cuda"]
     threads: int

@@ -146,7 +146,10 @@ def _collect(folder: Path, spec: TrainSpec) -> Fields:
     for name in ("latest", "heartbeat", "summary.json", "error.txt"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    counts = {"steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples}
+    counts = {
+        "steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples,
+        **{name: summary.pop(name) for name in ("skipped_steps", "lost_steps", "rollbacks")},
+    }  # fmt: skip
     return {**summary, "method": spec.method, "counts": counts}
 
 
@@ -185,6 +188,7 @@ def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel 
         betas=(recipe.train.beta1, recipe.train.beta2),
         weight_decay=recipe.train.weight_decay,
         grad_clip=recipe.train.grad_clip,
+        spike_sigma=recipe.train.spike_sigma,
         ledger=start.ledger,
         device=recipe.execution.device,
         threads=recipe.execution.threads,

@@ -35,9 +35,9 @@ class Gate:
         self.opened = threading.Event()
         write = saving.write_latest
 
-        def held(latest: Path, snapshot: Snapshot, state: TrainState) -> None:
+        def held(latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int) -> None:
             assert self.opened.wait(60)
-            write(latest, snapshot, state)
+            write(latest, snapshot, state, anchor_steps)
 
         monkeypatch.setattr(saving, "write_latest", held)
 
@@ -52,7 +52,7 @@ def change(trainee: Trainee) -> None:
 def test_what_is_written_is_the_state_at_the_save(
     tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, saver, now = Gate(monkeypatch), Saver(tmp_path, trainee), state(3)
+    gate, saver, now = Gate(monkeypatch), Saver(tmp_path, trainee, 10), state(3)
     before = {name: p.detach().clone() for name, p in trainee.parameters.items()}
     saver.save_latest(now)
     change(trainee)
@@ -69,7 +69,7 @@ def test_what_is_written_is_the_state_at_the_save(
 
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, saver, now = Gate(monkeypatch), Saver(tmp_path, trainee), state(1)
+    gate, saver, now = Gate(monkeypatch), Saver(tmp_path, trainee, 10), state(1)
     saver.save_latest(now)
     threading.Timer(0.3, gate.opened.set).start()
     now.step = 2
@@ -81,7 +81,7 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, trainee: Trainee, mon
 
 
 def test_stable_is_written_beside(tmp_path: Path, trainee: Trainee) -> None:
-    saver = Saver(tmp_path, trainee)
+    saver = Saver(tmp_path, trainee, 10)
     saver.save_stable(state(5))
     saver.wait()
     assert damage(tmp_path / "stable") is None
@@ -91,7 +91,7 @@ def test_stable_is_written_beside(tmp_path: Path, trainee: Trainee) -> None:
 def test_a_state_that_cannot_be_written_is_told_in_the_training_thread(
     tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
-    saver = Saver(tmp_path, trainee)
+    saver = Saver(tmp_path, trainee, 10)
     saver.save_latest(state(1))
     saver.wait()
 

@@ -16,12 +16,15 @@ from fmcore.training.checkpoint import (
     TrainState,
     damage,
     initial_state,
+    load_anchor,
     load_latest,
     peek_latest,
     save_latest,
     write_state,
 )
 from fmcore.training.optimizer import make_adamw
+
+ANCHOR = 10
 
 
 def trainee(seed: int = 0) -> Trainee:
@@ -43,7 +46,7 @@ def state(step: int) -> TrainState:
 
 def saved(latest: Path, *steps: int) -> Path:
     for step in steps:
-        save_latest(latest, trainee(step), state(step))
+        save_latest(latest, trainee(step), state(step), ANCHOR)
     return latest
 
 
@@ -73,6 +76,19 @@ def test_two_are_kept_and_the_pointer_names_the_newest(tmp_path: Path) -> None:
     assert pointer["manifests"] == {
         name: sha256_file(tmp_path / name / "manifest.json") for name in ("step-00000002", "step-00000003")
     }
+
+
+def test_anchors_are_kept_too_and_the_last_but_one_is_gone_back_to(tmp_path: Path) -> None:
+    saved(tmp_path, 0, 10, 17, 20, 23, 24, 25)
+    assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step-*"))] == [10, 20, 24, 25]
+    other = trainee(99)
+    assert load_anchor(tmp_path, other, ANCHOR) == state(10)
+    assert same(trainee(10), other)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000010"]
+    assert load_latest(tmp_path, other) == state(10)
+    saved(tmp_path, 12)
+    assert load_anchor(tmp_path, other, ANCHOR) == state(10)
+    assert load_anchor(tmp_path / "nowhere", other, ANCHOR) is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -109,7 +125,7 @@ def test_the_pointer_moves_after_the_new_state_is_verified(tmp_path: Path, monke
     saved(tmp_path, 1)
     monkeypatch.setattr(checkpoint_module, "damage", lambda folder, digest: "a bad disk")
     with pytest.raises(OSError, match="does not read back"):
-        save_latest(tmp_path, trainee(2), state(2))
+        save_latest(tmp_path, trainee(2), state(2), ANCHOR)
     monkeypatch.undo()
     assert json.loads((tmp_path / "pointer.json").read_text())["folder"] == "step-00000001"
     assert load_latest(tmp_path, trainee()) == state(1)
@@ -125,7 +141,7 @@ def test_a_crash_before_the_pointer_moves_resumes_from_the_old_one(
 
     monkeypatch.setattr(checkpoint_module, "write_json", crash)
     with pytest.raises(KeyboardInterrupt):
-        save_latest(tmp_path, trainee(2), state(2))
+        save_latest(tmp_path, trainee(2), state(2), ANCHOR)
     monkeypatch.undo()
     assert load_latest(tmp_path, trainee()) == state(1)
     saved(tmp_path, 2, 3)  # what the crash left is no obstacle
@@ -173,7 +189,7 @@ def save_and_die(latest: Path, step: int, at: int) -> bool:
 
     subject = trainee(step)
     sys.addaudithook(count)  # cannot be taken off again: hence the process
-    save_latest(latest, subject, state(step))
+    save_latest(latest, subject, state(step), ANCHOR)
     os._exit(0)
 
 
