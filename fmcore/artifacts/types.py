@@ -75,7 +75,7 @@ class Checkpoint(Artifact):
     """Trained weights: `final/` (registered), `stable/` (where the decay begins, with optimizer state).
 
     method: full (a transformers folder) or lora (an adapter over its parent). num_parameters counts the
-    whole model, num_trainable what the optimizer saw.
+    whole model, num_trainable what the optimizer saw. figures: what training reached of its machine, by name.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -86,6 +86,7 @@ class Checkpoint(Artifact):
     num_tokens: int
     train_seconds: float
     final_loss: float
+    figures: dict[str, float] = {}
 
     @property
     def imported(self) -> bool:

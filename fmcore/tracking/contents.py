@@ -35,6 +35,7 @@ def log_checkpoint(run: StageRun, checkpoint: Checkpoint) -> int:
         "train/trainable_parameters": checkpoint.num_trainable,
         "train/seconds": checkpoint.train_seconds,
         "train/final_loss": checkpoint.final_loss,
+        **{f"train/{name}": value for name, value in checkpoint.figures.items()},
     }
     with TemporaryDirectory() as folder:
         plot_training(checkpoint.path / METRICS, Path(folder))

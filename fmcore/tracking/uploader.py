@@ -24,7 +24,7 @@ from fmcore.tracking.client import talking_to
 MAX_METRICS_PER_CALL = 1000
 INTERVAL_SECONDS = 3.0
 MAX_BACKOFF_SECONDS = 60.0
-SCALARS = ("loss", "lr", "grad_norm", "tokens_per_sec", "tokens")
+SCALARS = ("loss", "lr", "grad_norm", "tokens_per_sec", "tokens", "skipped")
 
 logger = logging.getLogger(__name__)
 

@@ -28,13 +28,27 @@ POINTER = "pointer.json"
 MANIFEST = "manifest.json"
 
 
+class Effort(BaseModel):
+    """What a training has cost, all attempts together; going back does not undo it.
+
+    wall_s: seconds that training processes ran, from when their model stood; data_wait_s, save_stall_s: of those,
+    in which nothing was computed for want of data, or for a save. lost_steps: computed, and gone back over.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    wall_s: float = 0.0
+    data_wait_s: float = 0.0
+    save_stall_s: float = 0.0
+    saves: int = 0
+    restarts: int = 0
+    lost_steps: int = 0
+
+
 class TrainState(BaseModel):
-    """Where a training is. step: optimizer steps done; tokens: positions fed; seconds: time spent in steps.
+    """Where a training is. step: optimizer steps done; tokens: positions fed; seconds: time spent in those steps.
 
-    saves, save_stall_s: states saved, and for how long training stood still for them. lost_steps: gone back over.
-    health: of the steps before.
-
-    threads, micro_batch, packages: what the bits of the result depend on, used again on resume.
+    health: of the steps before. threads, micro_batch, packages: what the bits of the result depend on, used again
+    on resume.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,17 +56,15 @@ class TrainState(BaseModel):
     tokens: int = 0
     seconds: float = 0.0
     smoothed_loss: float | None = None
-    saves: int = 0
-    save_stall_s: float = 0.0
-    lost_steps: int = 0
     health: Health = Health()
+    effort: Effort = Effort()
     threads: int
     micro_batch: int
     packages: dict[str, str]
 
     def become(self, other: "TrainState") -> None:
-        """Take over all of another state's values."""
-        for name in TrainState.model_fields:
+        """Take over all of another state's values, but what was spent."""
+        for name in TrainState.model_fields.keys() - {"effort"}:
             setattr(self, name, getattr(other, name))
 
 

@@ -21,6 +21,7 @@ from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
 from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
+from fmcore.training.figures import FORMULA, count_restart, figures, flops_per_token, in_words, measure_peak
 from fmcore.training.health import anchor_interval
 from fmcore.training.loop import train
 from fmcore.training.metrics import FILE_NAME as METRICS
@@ -50,23 +51,31 @@ def main(path: Path) -> bool:
     trainee = Trainee(trained, optimizer)
     saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps))
     state = load_latest(folder / "latest", trainee)
+    resumed = state is not None
     if state is None:
         state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len))
         if spec.optimizer:
             trainee.load_optimizer(spec.optimizer)
         saver.save_latest(state)  # threads and micro-batch hold from the first step on
     warn_of_other_packages(state)
+    device = next(trained.parameters()).device
+    peak, flops = measure_peak(device), flops_per_token(trained, model.config, spec.seq_len)
     _announce(spec, trained, state)
+    print(f"peak {peak / 1e9:,.0f} GFLOP/s (an fp32 matrix product here); {FORMULA}", flush=True)
     batches = Batches(spec, pad_id(tokenizer), state.health.windows)
     try:
         with MetricsLog(folder / METRICS, state.step) as log:
+            if resumed:
+                count_restart(state, log.lost, spec.batch_samples * spec.seq_len)
             done = train(spec, model, trainee, batches, state, saver, log, stop, heartbeat)
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
     if not done:
         print(f"stopped after step {state.step}, saved")
         return False
-    write_final(spec, folder, trained, tokenizer, batches, state)
+    reached = figures(state, flops, peak, device)
+    print(in_words(reached), flush=True)
+    write_final(spec, folder, trained, tokenizer, batches, state, reached)
     return True
 
 
@@ -123,6 +132,7 @@ def write_final(
     tokenizer: PreTrainedTokenizerBase,
     batches: Batches,
     state: TrainState,
+    reached: dict[str, float],
 ) -> None:
     """Export the final weights, the ledgers and the summary."""
     final = folder / "final"
@@ -146,9 +156,7 @@ def write_final(
         "num_tokens": state.tokens,
         "train_seconds": state.seconds,
         "final_loss": state.smoothed_loss,
-        "skipped_steps": len(state.health.skipped),
-        "lost_steps": state.lost_steps,
-        "rollbacks": state.health.rollbacks,
+        "figures": reached,
     }
     write_json(folder / "summary.json", summary)
 

@@ -55,6 +55,7 @@ def train(
         start = time.perf_counter()
         torch.manual_seed(step_seed(spec.seed, state.step))
         batch = batches.at(state.step)
+        state.effort.data_wait_s += time.perf_counter() - start
         lr = spec.schedule.lr(state.step)
         for group in trainee.optimizer.param_groups:
             group["lr"] = lr
@@ -104,6 +105,7 @@ def train(
             saver.save_latest(state)
             last_save = time.monotonic()
     saver.wait()
+    saver.count_time(state)
     return True
 
 
@@ -130,7 +132,7 @@ def go_back(
     batches.order = batches.order.without(saved.step, state.step)
     saved.health.rollbacks = tried + 1
     saved.health.windows = list(batches.order.windows)
-    saved.lost_steps = state.lost_steps + state.step - saved.step
+    state.effort.lost_steps += state.step - saved.step
     log.go_back(saved.step)
     state.become(saved)
     saver.save_latest(state)

@@ -9,10 +9,11 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows; opened at a step, it first cuts back what a lost attempt wrote beyond it."""
+    """Appends rows; opened at a step, it first cuts back what a lost attempt wrote beyond it, its `lost` rows."""
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
+        self.lost = [row for row in read_metrics(path) if row["step"] > step]
         self._file = self._open_at(step)
 
     def _open_at(self, step: int) -> TextIO:

@@ -34,6 +34,7 @@ class Saver:
         self._trainee = trainee
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
+        self._since = time.perf_counter()
 
     @property
     def busy(self) -> bool:
@@ -65,12 +66,19 @@ class Saver:
         if self._error is not None:
             raise TrainingError(could_not_save(self._error, self._folder)) from self._error
 
+    def count_time(self, state: TrainState) -> None:
+        """Add the time since the last count to what the training has cost."""
+        now = time.perf_counter()
+        state.effort.wall_s += now - self._since
+        self._since = now
+
     def _save(self, state: TrainState, write: Write) -> None:
         start = time.perf_counter()
         self.wait()
         snapshot = self._trainee.snapshot()
-        state.saves += 1
-        state.save_stall_s += time.perf_counter() - start
+        state.effort.saves += 1
+        state.effort.save_stall_s += time.perf_counter() - start
+        self.count_time(state)
         self._writer = threading.Thread(
             target=self._write, args=(write, snapshot, state.model_copy(deep=True)), daemon=True
         )

@@ -146,10 +146,7 @@ def _collect(folder: Path, spec: TrainSpec) -> Fields:
     for name in ("latest", "heartbeat", "summary.json", "error.txt"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    counts = {
-        "steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples,
-        **{name: summary.pop(name) for name in ("skipped_steps", "lost_steps", "rollbacks")},
-    }  # fmt: skip
+    counts = {"steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples}
     return {**summary, "method": spec.method, "counts": counts}
 
 

@@ -158,7 +158,7 @@ def result(case: Case) -> dict[str, Any]:
     rows = [{key: row[key] for key in row if key not in ("time", "tokens_per_sec")} for row in
             read_metrics(folder / "metrics.jsonl")]  # fmt: skip
     state = json.loads((folder / "stable" / "state.json").read_text())
-    return {"digests": digests, "rows": rows, "stable": {**state, "seconds": None, "saves": None, "save_stall_s": None}}
+    return {"digests": digests, "rows": rows, "stable": {**state, "seconds": None, "effort": None}}
 
 
 @pytest.fixture(scope="module")

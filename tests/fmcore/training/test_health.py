@@ -139,9 +139,8 @@ def test_trouble_goes_back_and_leaves_the_data_out(
     assert [row["step"] for row in written] == list(range(1, 41))
     assert not any(row["skipped"] for row in written)  # those rows were cut back
     assert len(calls) == 40 + 16
-    assert {name: made.counts[name] for name in ("skipped_steps", "lost_steps", "rollbacks")} == {
-        "skipped_steps": 0, "lost_steps": 16, "rollbacks": 1,
-    }  # fmt: skip
+    counted = {name: made.figures[name] for name in ("skipped_steps", "lost_steps", "rollbacks", "restarts")}
+    assert counted == {"skipped_steps": 0, "lost_steps": 16, "rollbacks": 1, "restarts": 0}
 
 
 @pytest.mark.usefixtures("inline")
@@ -198,4 +197,5 @@ def test_killed_after_going_back_it_ends_in_the_same_bits(
     again = fresh_home.train(recipe)
     resumed = load_file(again.final / "model.safetensors")
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
-    assert again.counts["lost_steps"] >= 4
+    assert again.figures["restarts"] == 1
+    assert again.figures["lost_steps"] >= first.figures["lost_steps"] == 16

@@ -75,8 +75,8 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, trainee: Trainee, mon
     now.step = 2
     saver.save_latest(now)
     saver.wait()
-    assert now.saves == 2
-    assert now.save_stall_s >= 0.2
+    assert now.effort.saves == 2
+    assert now.effort.save_stall_s >= 0.2
     assert sorted(p.name for p in (tmp_path / "latest").glob("step-*")) == ["step-00000001", "step-00000002"]
 
 
