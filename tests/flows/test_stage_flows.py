@@ -340,6 +340,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(
     in_home(fresh_home)
     monkeypatch.setattr(cards.logger, "handlers", [caplog.handler])  # Prefect ends the propagation of extra loggers
     assert run(pretrain, recipes["pretrain"]).name == "Completed"
-    assert caplog.text.count("for Prefect does not answer") == 3
+    told = {id(record) for record in caplog.records if "for Prefect does not answer" in record.getMessage()}
+    assert len(told) == 3  # a record comes twice where the logger still propagates
     monkeypatch.setattr(cards, "update_progress_artifact", away)
     assert not cards.move_progress(uuid4(), 3.0)
