@@ -1,5 +1,6 @@
 """docker-compose.yml: what must hold of it without Docker, and its processes started natively as it describes them."""
 
+import json
 import os
 import re
 import shutil
@@ -197,8 +198,8 @@ def test_the_stack_runs_a_recipe(
         )  # fmt: skip
         wait_until_ready(f"http://127.0.0.1:{WORKER_PORT}/health", worker, tmp_path / "worker.log")
         asked = subprocess.run(
-            [sys.executable, "-P", "-c", ASK, str(corpora["old"])], cwd=ROOT, capture_output=True, text=True,
-            timeout=300, check=False, env=native.environment("worker", PREFECT_HOME=str(tmp_path / "client")),
+            [sys.executable, "-P", "-c", ASK, json.dumps(tiny.pretrain(corpora["old"]))], cwd=ROOT,
+            capture_output=True, text=True, timeout=300, check=False, env=native.environment("worker", PREFECT_HOME=str(tmp_path / "client")),
         )  # fmt: skip
         assert asked.stdout.strip() == "Completed plays/1 champion", asked.stdout + asked.stderr + logs(tmp_path)
         descendants = psutil.Process(worker.pid).children(recursive=True)
@@ -208,15 +209,13 @@ def test_the_stack_runs_a_recipe(
 
 
 ASK = """
-import sys, time
-from pathlib import Path
+import json, sys, time
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
-from tests.conftest import Tiny
 
 with get_client(sync_client=True) as client:
     deployment = client.read_deployment_by_name("pretrain/strata")
-    run = client.create_flow_run_from_deployment(deployment.id, parameters={"recipe": Tiny().pretrain(sys.argv[1])})
+    run = client.create_flow_run_from_deployment(deployment.id, parameters={"recipe": json.loads(sys.argv[1])})
     while not (state := client.read_flow_run(run.id).state).is_final():
         time.sleep(0.5)
 version = MlflowClient().get_model_version_by_alias("plays", "champion")
