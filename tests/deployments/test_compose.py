@@ -199,7 +199,8 @@ def test_the_stack_runs_a_recipe(
         wait_until_ready(f"http://127.0.0.1:{WORKER_PORT}/health", worker, tmp_path / "worker.log")
         asked = subprocess.run(
             [sys.executable, "-P", "-c", ASK, json.dumps(tiny.pretrain(corpora["old"]))], cwd=ROOT,
-            capture_output=True, text=True, timeout=300, check=False, env=native.environment("worker", PREFECT_HOME=str(tmp_path / "client")),
+            capture_output=True, text=True, timeout=300, check=False,
+            env=native.environment("worker", PREFECT_HOME=str(tmp_path / "client")),
         )  # fmt: skip
         assert asked.stdout.strip() == "Completed plays/1 champion", asked.stdout + asked.stderr + logs(tmp_path)
         descendants = psutil.Process(worker.pid).children(recursive=True)
