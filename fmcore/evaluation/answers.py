@@ -90,10 +90,12 @@ def _choose(
         ids = torch.tensor(choice_ids(tokenizer, choice)).expand(len(prompts), -1)  # (B, C)
         scores.append((ids, choice))
     prompt = decoder_of(model)(input_ids=prompts.to(device), use_cache=True)
+    cache = prompt.past_key_values
+    if hasattr(cache, "activate_past_recording"):  # of newer versions of transformers
+        cache.activate_past_recording()  # else a sliding window forgets what cropping has to bring back
     last = prompt.last_hidden_state[:, -1:]  # (B, 1, D)
     nats = []
     for ids, _ in scores:
-        cache = prompt.past_key_values
         targets = ids.to(device)
         hidden = last
         if targets.shape[1] > 1:
