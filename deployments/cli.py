@@ -4,6 +4,7 @@ Here stand the commands alone; what each does is in a module of its own, importe
 `--help` and the shell's completion answer at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +26,8 @@ app = typer.Typer(
     help="Raw data to a registered foundation model, and onward: pretrain, fine-tune, continuous pre-training.",
     epilog=EXIT_CODES, no_args_is_help=True, pretty_exceptions_enable=False,
 )  # fmt: skip
-console = Console()
+WIDE = 160  # columns where nobody looks at a terminal: tables and log lines stay whole in a file or a pipe
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 
 RecipeFile = Annotated[
     Path, typer.Argument(help="The recipe, a YAML file.", show_default=False, autocompletion=complete_recipe)

@@ -61,7 +61,7 @@ def main(path: Path) -> bool:
     device = next(trained.parameters()).device
     peak, flops = measure_peak(device), flops_per_token(trained, model.config, spec.seq_len)
     _announce(spec, trained, state)
-    print(f"peak {peak / 1e9:,.0f} GFLOP/s (an fp32 matrix product here); {FORMULA}", flush=True)
+    print(f"MFU against {peak / 1e9:,.0f} GFLOP/s, an fp32 matrix product here; {FORMULA}", flush=True)
     batches = Batches(spec, pad_id(tokenizer), state.health.windows)
     try:
         with MetricsLog(folder / METRICS, state.step) as log:
@@ -120,7 +120,8 @@ def _announce(spec: TrainSpec, model: torch.nn.Module, state: TrainState) -> Non
     start = f"resuming after step {state.step}" if state.step else "starting"
     print(
         f"{start}: {total:,} parameters, {trainable:,} trained ({spec.method}); {spec.schedule.num_steps:,} steps of "
-        f"{spec.batch_samples * spec.seq_len:,} tokens; {state.threads} threads, micro-batch {state.micro_batch}",
+        f"{spec.batch_samples * spec.seq_len:,} tokens; {state.threads} threads, micro-batch "
+        f"{min(state.micro_batch, spec.batch_samples)}",
         flush=True,
     )
 

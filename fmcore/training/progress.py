@@ -57,7 +57,8 @@ class ProgressReader:
         first, last = self._rows[0], self._rows[-1]
         seconds = last["time"] - first["time"]
         steps = last["step"] - first["step"]
-        per_step = seconds / steps if steps > 0 else 0.0
+        own = last["tokens"] / max(1, last["step"]) / last["tokens_per_sec"]  # what the one step took
+        per_step = seconds / steps if steps > 0 else own
         rate = (last["tokens"] - first["tokens"]) / seconds if seconds > 0 else last["tokens_per_sec"]
         left = (self._num_steps - last["step"]) * per_step
         losses = [row["loss"] for row in self._rows if row["loss"] is not None]  # None: it was not finite
