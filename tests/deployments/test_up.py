@@ -245,11 +245,21 @@ def strata_run(up: Up, recipe: dict[str, Any], folder: Path) -> CommandLine:
     folder.mkdir()
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-P", "-m", "deployments.cli", "run", str(folder / "recipe.yaml")]
-    with (folder / "printed").open("wb") as sink:
-        process = subprocess.Popen(command, env=up.environment, cwd=folder, stdout=sink, stderr=sink)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    return CommandLine(process.returncode, (folder / "printed").read_text(), used.ru_maxrss >> 10)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], env=up.environment, cwd=folder, capture_output=True, text=True,
+        timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    printed, _, peak = (done.stderr + done.stdout).rstrip().rpartition("\n")
+    return CommandLine(done.returncode, printed, int(peak))
+
+
+# a small process between us and the command: the kernel counts a child's memory from what its parent held
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10, flush=True)
+sys.exit(code)
+"""
 
 
 class BadRun(NamedTuple):
