@@ -109,6 +109,8 @@ class Trainee:
 
 
 def _copy(source: Mapping[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    for name in target.keys() - source.keys():
+        del target[name]
     with torch.no_grad():
         for name, tensor in source.items():
             if name in target:
@@ -154,11 +156,6 @@ def write_latest(latest: Path, snapshot: Snapshot, state: TrainState, anchor_ste
     for old in _newest_first(latest):
         if old.name not in kept:
             shutil.rmtree(old)
-
-
-def save_latest(latest: Path, trainee: Trainee, state: TrainState, anchor_steps: int) -> None:
-    """Copy, and write at once."""
-    write_latest(latest, trainee.snapshot(), state, anchor_steps)
 
 
 def _newest_first(latest: Path) -> list[Path]:

@@ -31,7 +31,8 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, st
 def load_state(
     optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put saved state back; parameters that had no state yet get none."""
+    """Put saved state back in place of what there is; parameters that had no state yet get none."""
+    optimizer.state.clear()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[parameter]

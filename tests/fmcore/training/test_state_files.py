@@ -19,7 +19,7 @@ from fmcore.training.checkpoint import (
     load_anchor,
     load_latest,
     peek_latest,
-    save_latest,
+    write_latest,
     write_state,
 )
 from fmcore.training.optimizer import make_adamw
@@ -44,6 +44,10 @@ def state(step: int) -> TrainState:
     )
 
 
+def save_latest(latest: Path, trainee: Trainee, state: TrainState, anchor_steps: int) -> None:
+    write_latest(latest, trainee.snapshot(), state, anchor_steps)
+
+
 def saved(latest: Path, *steps: int) -> Path:
     for step in steps:
         save_latest(latest, trainee(step), state(step), ANCHOR)
@@ -66,6 +70,18 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert load_latest(tmp_path, other) == state(7)
     assert same(trainee(7), other)
     assert not same(trainee(8), other)
+
+
+def test_going_back_to_before_the_first_step_leaves_no_moments(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 4)
+    fresh = Trainee(model, make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1))
+    save_latest(tmp_path, fresh, state(0), ANCHOR)
+    model(torch.randn(5, 3)).square().sum().backward()
+    fresh.optimizer.step()
+    assert fresh.snapshot().optimizer
+    assert load_latest(tmp_path, fresh) == state(0)
+    assert not fresh.optimizer.state
+    assert not fresh.snapshot().optimizer
 
 
 def test_two_are_kept_and_the_pointer_names_the_newest(tmp_path: Path) -> None:
