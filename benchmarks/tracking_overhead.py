@@ -1,6 +1,6 @@
 """What tracking costs a training while its MLflow server is live, absent, failing, hanging, or dies midway.
 
-    python benchmarks/tracking_overhead.py [--repeats 5] [--steps 200] [--threads 0] [--port 5575]
+    python benchmarks/tracking_overhead.py [--repeats 5] [--steps 100] [--batch-tokens 8192] [--threads 0]
 
 Every training runs in a process of its own, with a training process below it as in `strata run`; arms are
 interleaved, in another order each time, and compared with the run without tracking of the same repeat. Step
@@ -31,12 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ARMS = ("none", "live", "absent", "500", "hang", "dies midway")
 WARMUP = 10
-BATCH_TOKENS = 1024
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmn" for b in "aeiou" for c in "nrstlx"]
 
 
-def recipe(corpus: Path, steps: int, threads: int) -> dict[str, Any]:
-    """A small pretraining: 2 layers of 96, a few tens of milliseconds a step."""
+def recipe(corpus: Path, steps: int, batch_tokens: int, threads: int) -> dict[str, Any]:
+    """A small pretraining: 2 layers of 96, some 30 milliseconds for each 1,024 tokens of a step."""
     return {
         "kind": "pretrain", "name": "bench",
         "data": {"sources": [{"name": "made", "path": str(corpus), "format": "json"}], "holdout": 0.1},
@@ -45,7 +44,7 @@ def recipe(corpus: Path, steps: int, threads: int) -> dict[str, Any]:
             "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
             "intermediate_size": 256,
         }},
-        "train": {"tokens": steps * BATCH_TOKENS, "seq_len": 128, "batch_tokens": BATCH_TOKENS, "lr": 1e-3},
+        "train": {"tokens": steps * batch_tokens, "seq_len": 128, "batch_tokens": batch_tokens, "lr": 1e-3},
         "execution": {"threads": threads, "device": "cpu"},
     }  # fmt: skip
 
@@ -130,7 +129,8 @@ def measure(arm: str, prepared: Path, folder: Path, given: Path, live: str) -> d
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     [metrics] = home.glob("artifacts/checkpoint/*/metrics.jsonl")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    seconds = [BATCH_TOKENS / row["tokens_per_sec"] for row in rows]
+    batch_tokens = json.loads(given.read_text())["train"]["batch_tokens"]
+    seconds = [batch_tokens / row["tokens_per_sec"] for row in rows]
     wall = json.loads(done.stdout.splitlines()[-1])["wall"]
     return {
         "median": statistics.median(seconds[WARMUP:]), "mean": statistics.mean(seconds[WARMUP:]),
@@ -203,7 +203,8 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--threads", type=int, default=0, help="of the training; 0 = one per core")
     parser.add_argument("--port", type=int, default=5575, help="of the MLflow server")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -219,7 +220,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "corpus.jsonl")
-        given = recipe(folder / "corpus.jsonl", args.steps, args.threads)
+        given = recipe(folder / "corpus.jsonl", args.steps, args.batch_tokens, args.threads)
         (folder / "recipe.json").write_text(json.dumps(given))
         prepare(folder / "prepared", given)
         with mlflow_server(folder, args.port) as live:
@@ -237,8 +238,9 @@ def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace)
     from importlib.metadata import version
 
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {args.repeats} repeats of {args.steps} steps, threads "
-        f"{args.threads or 'one per core'}; torch {version('torch')}, mlflow {version('mlflow')}, load "
+        f"{platform.machine()}, {os.cpu_count()} cores, {args.repeats} repeats of {args.steps} steps of "
+        f"{args.batch_tokens:,} tokens, threads {args.threads or 'one per core'}; torch {version('torch')}, "
+        f"mlflow {version('mlflow')}, load "
         f"{os.getloadavg()[0]:.1f}\n"
     )
     print("| server | median step | against none, median (lowest to highest) | mean step against none | rows lacking "

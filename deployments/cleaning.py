@@ -35,11 +35,13 @@ def collect_garbage(console: Console, *, dry_run: bool) -> None:
         removed += [garbage] if done else []
     forgotten = 0 if dry_run else store.digests.prune()
     total = shown_bytes(sum(garbage.num_bytes for garbage in removed))
-    console.print(f"{'would remove' if dry_run else 'removed'} {len(removed)} folders, {total}", highlight=False)
-    console.print(f"kept for {len(registered)} registered versions", highlight=False)
-    for path in _unfinished_records(workspace):
+    console.print(
+        f"{'would remove' if dry_run else 'removed'}: {len(removed)} of the home's folders, {total}", highlight=False
+    )
+    console.print(f"registered versions, all kept: {len(registered)}", highlight=False)
+    for path, name in _unfinished_records(workspace):
         console.print(
-            f"kept for an unfinished run: its record is {path}; `strata run RECIPE` ends it, and so does "
+            f"kept for an unfinished run of {name}: its record is {path}; `strata run RECIPE` ends it, and so does "
             f"removing that file",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -87,8 +89,10 @@ def _unfinished(workspace: Workspace) -> frozenset[str]:
     return frozenset(step for values in records for step in values.get("steps", ()))
 
 
-def _unfinished_records(workspace: Workspace) -> list[Path]:
-    return [path for path, values in run_records(workspace.runs) if not values.get("model")]
+def _unfinished_records(workspace: Workspace) -> list[tuple[Path, str]]:
+    """(record, the recipe's name) of each; records of before names were noted have none."""
+    records = run_records(workspace.runs)
+    return [(path, values.get("name") or "a recipe") for path, values in records if not values.get("model")]
 
 
 def _pending(workspace: Workspace) -> frozenset[str]:

@@ -119,14 +119,14 @@ def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False, jso
 
 
 @app.command("list")
-def list_models() -> None:
+def list_models(json: AsJson = False) -> None:
     """List every registered version with its verdict, aliases and parent.
 
     Example: strata list
     """
     from deployments.models import print_models
 
-    print_models(console)
+    print_models(console, as_json=json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from fmcore.errors import StrataError
+from fmcore.errors import Interrupted, StrataError
 from fmcore.workspace import Workspace
 
 DEBUG_VARIABLE = "STRATA_DEBUG"
@@ -18,7 +18,7 @@ def report_error(error: StrataError) -> int:
     """Print an error of ours for people; returns its exit code."""
     if os.environ.get(DEBUG_VARIABLE) == "1":
         traceback.print_exception(error)
-    _print(str(error))
+    _print(str(error), label="stopped" if isinstance(error, Interrupted) else "error")
     return error.exit_code
 
 
@@ -45,6 +45,7 @@ def _keep(error: Exception) -> str:
     return ""
 
 
-def _print(message: str) -> None:
+def _print(message: str, *, label: str = "error") -> None:
     text = message.replace("[", r"\[")
-    Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
+    style = "bold red" if label == "error" else "bold yellow"
+    Console(stderr=True).print(f"[{style}]{label}:[/] {text}", highlight=False, soft_wrap=True)

@@ -65,6 +65,8 @@ def _show_plan(target: Path, console: Console) -> None:
         print_plan(load_recipe(target), console)
     except StrataError as error:  # such as a parent that is not there yet
         console.print(f"its plan cannot be made yet: {error}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"next: mend that, then strata run {target}", highlight=False)
+        return
     console.print(f"next: strata run {target}", highlight=False)
 
 

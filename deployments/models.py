@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -33,12 +34,15 @@ def _find(store: Store, client: Any, reference: str) -> RegisteredModel:
     return store.get(resolve(client, reference).fingerprint, RegisteredModel)
 
 
-def print_models(console: Console) -> None:
+def print_models(console: Console, *, as_json: bool) -> None:
     """A table of every version."""
     _, _, client = open_home()
     from fmcore.tracking.registry import list_models
 
     rows = list_models(client)
+    if as_json:
+        console.print_json(json.dumps({"versions": [_row_as_json(row) for row in rows]}))
+        return
     if not rows:
         console.print("No models yet: `strata run` a pretrain recipe.")
         return
@@ -51,6 +55,10 @@ def print_models(console: Console) -> None:
             f"{row.created:%Y-%m-%d %H:%M}",
         )  # fmt: skip
     console.print(table)
+
+
+def _row_as_json(row: Any) -> dict[str, Any]:
+    return {**asdict(row), "uri": f"{row.model}/{row.version}", "created": row.created.isoformat()}
 
 
 def print_lineage(reference: str, console: Console, *, as_json: bool) -> None:

@@ -52,12 +52,12 @@ def run_recipe(recipe: Recipe, console: Console, *, fresh: bool = False) -> Outc
 
 def _run(recipe: Recipe, workspace: Workspace, console: Console, *, fresh: bool) -> list[RegisteredModel]:
     try:
-        with _stop_on_sigterm():
+        with _stopping_on_request(console):
             ensure_prefect(workspace)
             with _logging(console), _progress(console):
                 return _run_flow(recipe, fresh=fresh)
     except KeyboardInterrupt as error:
-        raise Interrupted("stopped; run the same command again to resume") from error
+        raise Interrupted("run the same command again to resume") from error
 
 
 def _run_flow(recipe: Recipe, *, fresh: bool) -> list[RegisteredModel]:
@@ -123,6 +123,8 @@ def _show(models: list[RegisteredModel], store: Store, console: Console) -> None
     console.print(stage_table(models, store))
     for line in reasons(models):
         console.print(line, highlight=False, soft_wrap=True)
+    uri = models[-1].uri
+    console.print(f"next: strata lineage {uri} · strata generate {uri} --prompt TEXT · strata up", highlight=False)
 
 
 def print_addresses(workspace: Workspace, console: Console) -> None:
@@ -164,15 +166,17 @@ def _progress(console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: training saves, and the exit code is 75."""
+def _stopping_on_request(console: Console) -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: it says so at once, training saves, and the exit code is 75."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        console.print("stopping: a training finishes its step and saves", style="yellow", highlight=False)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        with suppress(TypeError):
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            with suppress(TypeError):
+                signal.signal(number, handler)

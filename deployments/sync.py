@@ -52,7 +52,7 @@ def _show(found: list, console: Console, *, dry_run: bool) -> None:
         console.print("This home has no runs yet; there is nothing to sync.")
         return
     if not any(item.done or item.problem for item in found):
-        console.print(f"Nothing is missing: {len(found)} run(s) are complete.")
+        console.print(f"Nothing is missing; runs looked at: {len(found)}.")
         return
     table = Table("run", "rows", "missing" if dry_run else "sent")
     for item in found:

@@ -13,7 +13,7 @@ from fmcore.artifacts.types import Documents, RegisteredModel
 from fmcore.data.files import find_files
 from fmcore.data.seen import SEEN, Answer, Fates, Reading, Witness, known_settings, read_file, read_text
 
-LARGEST_TABLE = 200  # files shown one by one
+LARGEST_TABLE = 20  # files shown one by one
 
 
 def print_witnesses(path: str, text: str, reference: str, console: Console, *, as_json: bool) -> None:

@@ -76,7 +76,8 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
         resolved = import_parent(resolved, workspace, store, on_line=logger.info)
         recipe = resolved.recipe
         registry = shown_uri(tracking_uri(recipe.execution, workspace))
-        resolved.record.start(resolved.parent.fingerprint if resolved.parent else None, resolved.steps, registry)
+        parent = resolved.parent
+        resolved.record.start(parent.fingerprint if parent else None, resolved.steps, registry, name=recipe.name)
         tracking = StageTracking.start(
             tracking_uri(recipe.execution, workspace),
             workspace.home,
@@ -91,8 +92,19 @@ def running_stage(recipe: StageRecipe) -> Iterator[tuple[StageRecord, Registered
             pipeline=_PIPELINE.get(),
             page=_flow_run_page(),
         )
-        with _ending(tracking), running(Stage(recipe, resolved.steps, store, tracking, _flow_run_page())):
-            yield StageRecord(resolved.record), resolved.parent
+        stage = Stage(recipe, resolved.steps, store, tracking, _flow_run_page())
+        with _ending(tracking), running(stage), _forgetting_bad_data(resolved.record):
+            yield StageRecord(resolved.record), parent
+
+
+@contextmanager
+def _forgetting_bad_data(record: RunRecord) -> Iterator[None]:
+    """Data that is wrong gets mended, and is then another recipe: nobody would come back for this record."""
+    try:
+        yield
+    except DataError:
+        record.forget()
+        raise
 
 
 @contextmanager

@@ -52,11 +52,13 @@ class RunRecord:
         """Whether a run of this recipe has made its model."""
         return "model" in self.values
 
-    def start(self, parent: str | None, steps: Iterable[Step] = (), registry: str = "") -> None:
-        """Note the parent, the steps and the registry before any work."""
+    def start(self, parent: str | None, steps: Iterable[Step] = (), registry: str = "", *, name: str = "") -> None:
+        """Note the parent, the steps, the registry and the recipe's name before any work."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fingerprints = [step.fingerprint for step in steps]
-        self.values = {"identity": self.identity, "parent": parent, "steps": fingerprints, "registry": registry}
+        self.values = {
+            "identity": self.identity, "name": name, "parent": parent, "steps": fingerprints, "registry": registry,
+        }  # fmt: skip
         write_json(self.path, self.values)
 
     def finish(self, model: str) -> None:

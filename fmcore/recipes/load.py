@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -67,24 +68,32 @@ def load_recipe(path: Path, overrides: Iterable[str] = (), *, folder: Path | Non
     try:
         tree = YAML(typ="rt").load(text)
     except (YAMLError, ValueError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        raise RecipeError(f"{path} is not valid YAML: {_first_problem(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of fields; the first one says its kind, as in `kind: pretrain`"
         )
-    lines = dict(_lines(tree, ()))
+    places = {location: f"line {line}" for location, line in _lines(tree, ())}
     data = _plain(tree)
     for override in overrides:
-        _override(data, override)
+        places[_override(data, override)] = "--set"
     folder = folder or path.resolve().parent
     data = _absolute(data, folder)
     if isinstance(data.get("parent"), str):
         data["parent"] = absolute_parent(data["parent"], folder)
-    return parse_recipe(data, where=str(path), lines=lines)
+    return parse_recipe(data, where=str(path), places=places)
 
 
-def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
-    """Validate a mapping into the recipe class its `kind` names."""
+def _first_problem(error: Exception) -> str:
+    """What YAML's parser stumbled over, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'unreadable'}"
+
+
+def parse_recipe(data: dict[str, Any], *, where: str = "recipe", places: dict[tuple, str] | None = None) -> Recipe:
+    """Validate a mapping into the recipe class its `kind` names; places: where each field was given."""
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in RECIPES:
         given = f"kind is {kind!r}" if kind else "kind is missing"
@@ -92,7 +101,7 @@ def parse_recipe(data: dict[str, Any], *, where: str = "recipe", lines: dict[tup
     try:
         return RECIPES[kind].model_validate(data)
     except ValidationError as error:
-        problems = "\n  ".join(_explain(e, RECIPES[kind], lines or {}) for e in error.errors())
+        problems = "\n  ".join(_explain(e, RECIPES[kind], places or {}) for e in error.errors())
         raise RecipeError(f"{where} is not a valid {kind} recipe:\n  {problems}") from error
 
 
@@ -134,11 +143,11 @@ def _is_relative(key: str, path: str, block: Any) -> bool:
     return key in PATH_FIELDS and bool(path) and not hub and not is_url(path) and path[0] not in "/~"
 
 
-def _explain(error: Any, cls: type[BaseModel], lines: dict[tuple, int]) -> str:
+def _explain(error: Any, cls: type[BaseModel], places: dict[tuple, str]) -> str:
     location = tuple(error["loc"])
     dotted = ".".join(str(part) for part in location) or "recipe"
-    line = lines.get(location) or lines.get(location[:-1])
-    place = f"line {line}, {dotted}" if line else dotted
+    given_at = places.get(location) or places.get(location[:-1])
+    place = f"{given_at}{' ' if given_at == '--set' else ', '}{dotted}" if given_at else dotted
     if error["type"] == "extra_forbidden":
         return f"{place}: unknown field.{_suggest(str(location[-1]), location[:-1], cls)}"
     if error["type"] == "missing":
@@ -202,7 +211,8 @@ def _all_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, s
             yield from _all_fields(block, f"{dotted}.")
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _override(data: dict[str, Any], override: str) -> tuple[str | int, ...]:
+    """Set one field, and return its location."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise RecipeError(f"--set {override}: expected FIELD=VALUE, as in --set train.lr=1e-3")
@@ -219,6 +229,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         target[_index(target, last, override)] = value
     else:
         target[last] = value
+    return tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in dotted.split("."))
 
 
 def _typed_in_a_shell(value: Any, name: str, block: Any) -> Any:

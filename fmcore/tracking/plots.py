@@ -56,7 +56,7 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
     tokens, loss = _column(rows, "tokens"), _column(rows, "loss")
     smoothed, window = _smoothed(loss)
     axes.plot(tokens, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
-    axes.plot(tokens, smoothed, color="tab:blue", linewidth=1.8, label=f"mean of {window} step(s)")
+    axes.plot(tokens, smoothed, color="tab:blue", linewidth=1.8, label=_mean_of(window))
     axes.set(title="Training loss", ylabel="loss (nats per token)")
     _token_axis(axes)
     axes.legend(frameon=False)
@@ -76,7 +76,7 @@ def _draw_sources(axes: Axes, rows: Rows) -> None:
     smoothed = [_smoothed(share) for share in shares]
     window = smoothed[0][1]
     axes.stackplot(_column(rows, "step"), [mean for mean, _ in smoothed], labels=names, alpha=0.85)
-    axes.set(title=f"Sources, mean of {window} step(s)", xlabel="step", ylabel="fraction of the step's tokens")
+    axes.set(title=f"Sources, {_mean_of(window)}", xlabel="step", ylabel="fraction of the step's tokens")
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
@@ -89,6 +89,10 @@ def _token_axis(axes: Axes) -> None:
 
 def _column(rows: Rows, name: str) -> Values:
     return np.array([row[name] for row in rows], dtype=float)
+
+
+def _mean_of(window: int) -> str:
+    return "each step" if window == 1 else f"mean of {window} steps"
 
 
 def _smoothed(values: Values) -> tuple[Values, int]:

@@ -162,6 +162,8 @@ def test_list_lineage_generate_evaluate(strata: Run, base_home: Any, corpora: di
     says(listed, 0)
     assert "plays/1" in listed.stdout
     assert "@champion" in listed.stdout
+    [version] = json.loads(strata(base_home, "list", "--json").stdout)["versions"]
+    assert (version["uri"], version["verdict"], version["aliases"]) == ("plays/1", "FIRST", ["champion"])
     tree = strata(base_home, "lineage", "plays@champion", "--json")
     says(tree, 0)
     [source] = json.loads(tree.stdout)["sources"]

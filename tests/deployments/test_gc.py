@@ -45,14 +45,14 @@ def test_a_whole_lifecycle_stays_and_can_be_gone_on_with(
     assert refused.verdict == "REJECT"
     said = cli(based, "gc")
     assert said.code == 0, said.err
-    assert "kept for 3 registered versions" in said.out
+    assert "registered versions, all kept: 3" in said.out
     for recipe in (base, tuned, continued):
         assert all(hits(based, recipe))
     assert cli(based, "verify").code == 0
     again = tiny.corpus(tmp_path, "new", first=60)
     assert based.run(tiny.continued(again, parent="plays/1", replay={"fraction": 0.5})).version == 3
     assert cli(based, "gc").code == 0
-    assert "removed 0 folders" in cli(based, "gc").out
+    assert "removed: 0 of the home's folders" in cli(based, "gc").out
 
 
 def test_a_deleted_version_becomes_garbage_and_a_dry_run_removes_nothing(

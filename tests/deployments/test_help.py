@@ -84,7 +84,7 @@ def test_an_error_of_ours_is_one_message_and_debug_shows_where(
 def test_a_bug_is_one_line_and_its_traceback_is_kept(
     cli: Any, fresh_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
     monkeypatch.setattr("deployments.models.print_models", broken)
@@ -98,7 +98,7 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(
 def test_brackets_in_a_message_are_shown_as_they_are(
     cli: Any, fresh_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise DataError("file[3]: [bold]no[/bold] markup")
 
     monkeypatch.setattr("deployments.models.print_models", broken)

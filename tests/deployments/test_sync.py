@@ -127,7 +127,7 @@ def test_a_server_killed_midway_and_back_only_for_the_sync(
         assert sorted((m.step, m.value) for m in history) == [(row["step"], row[name]) for row in rows]
     again = call(strata(fresh_home, "sync"))
     assert again.returncode == 0
-    assert "Nothing is missing: 1 run(s) are complete" in again.stdout
+    assert "Nothing is missing; runs looked at: 1" in again.stdout
     finished = call(strata(fresh_home, "run", recipe))
     assert finished.returncode == 0, finished.stderr
     assert "nothing was started" in finished.stdout

@@ -1,5 +1,6 @@
 """The flows on a real Prefect server: run graph, state names, artifacts, and what MLflow keeps of them."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from fmcore.artifacts.types import EvalReport, RegisteredModel
 from fmcore.errors import RecipeError, TrainingError
 from fmcore.planning.resolve import resolve_stage
+from fmcore.planning.runs import run_records
 from fmcore.process.launch import Child
 from fmcore.recipes.load import parse_recipe
 from fmcore.tracking import names, registry
@@ -261,12 +263,18 @@ def test_a_failing_task_says_why_without_a_traceback(
     home = in_home(fresh_home)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": \n')
-    state = run(pretrain, tiny.pretrain(bad))
+    tasks = logging.getLogger("prefect.task_runs")
+    tasks.addHandler(caplog.handler)  # where Prefect has set its loggers up, they do not propagate
+    try:
+        state = run(pretrain, tiny.pretrain(bad))
+    finally:
+        tasks.removeHandler(caplog.handler)
     assert state.name == "Failed"
     assert f"{bad}:2" in state.message
     assert task_runs(state)["prepare"].state.message == state.message
     assert not any(record.exc_info for record in caplog.records)
     assert f"{bad}:2" in caplog.text
+    assert list(run_records(fresh_home.path / "runs")) == [], "nobody comes back for a recipe of data that gets mended"
     assert [r.info.status for r in home.client.search_runs(["1"])] == ["FAILED"]
 
 

@@ -314,6 +314,21 @@ def test_set_takes_yaml_values(load: Load) -> None:
     assert [s.name for s in recipe.data.sources] == ["a", "c"]
 
 
+@pytest.mark.parametrize(
+    ("override", "place"), [("train.lr=fast", "--set train.lr:"), ("train.warp=1", "--set train.warp: unknown field")]
+)
+def test_a_wrong_value_of_set_is_not_looked_for_in_the_file(load: Load, override: str, place: str) -> None:
+    said = problem(load, HEAD + "train: {tokens: 10}\n", override)
+    assert place in said
+    assert "line" not in said
+
+
+def test_what_is_no_yaml_is_one_line_that_says_where(load: Load) -> None:
+    said = problem(load, "To be, or not to be:\nthat is: the question: whether\n")
+    assert "is not valid YAML: line 2" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_the_last_set_wins(load: Load) -> None:
     assert load(HEAD, "seed=1", "seed=2").seed == 2
 
