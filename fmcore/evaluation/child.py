@@ -19,7 +19,8 @@ from fmcore.model.build import open_model
 from fmcore.model.generate import generate_text
 from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.tokens.bpe import load_tokenizer
-from fmcore.training.child import pick_device, prepare_torch
+from fmcore.training.child import prepare_torch
+from fmcore.training.parallel import pick_device
 
 DOCUMENTS = pa.schema(
     [

@@ -11,16 +11,20 @@ from functools import cache
 from pathlib import Path
 
 from fmcore.errors import StrataError
-from fmcore.process.launch import EXIT_INTERRUPTED, EXIT_REFUSED, PARENT_VARIABLE
+from fmcore.process.launch import ERROR, EXIT_INTERRUPTED, EXIT_REFUSED, PARENT_VARIABLE, STOPPED
 from fmcore.redaction import Redacted
 
 WATCH_SECONDS = 0.5
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set in the processes that torchrun's agent starts
 SERVING_VARIABLE = "STRATA_SERVING_PID"  # of the process that starts flow runs and must not leave them behind
 END_SECONDS = 40  # a training's grace_s, and what Prefect and MLflow are told after it
 
 
 class Stop:
-    """Set by SIGTERM, SIGINT or the parent's death; looked at between two steps."""
+    """Set by SIGTERM, SIGINT or the parent's death; looked at between two steps.
+
+    torchrun's agent asks its workers again while they save, and ends them itself when their time is over.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -31,7 +35,7 @@ class Stop:
         threading.Thread(target=self._watch_parent, name="parent-watch", daemon=True).start()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self.requested and TORCHRUN_VARIABLE not in os.environ:
             os._exit(128 + number)  # asked twice: the last verified checkpoint will do
         self.requested = True
 
@@ -82,6 +86,9 @@ def run_main(main: Callable[[Path], bool]) -> None:
     try:
         done = main(spec)
     except StrataError as error:
-        (spec.parent / "error.txt").write_text(str(error))
+        (spec.parent / ERROR).write_text(str(error))
         sys.exit(EXIT_REFUSED)
+    if not done and TORCHRUN_VARIABLE in os.environ:
+        (spec.parent / STOPPED).touch()  # torchrun takes any other exit code for a failure
+        sys.exit(0)
     sys.exit(0 if done else EXIT_INTERRUPTED)

@@ -1,4 +1,6 @@
-"""Starts a child process on a JSON spec, streams its log, watches its heartbeat, and never leaves it behind."""
+"""Starts a child process, or several that train together, on a JSON spec; streams its log, watches its heartbeat,
+and never leaves it behind.
+"""
 
 import os
 import signal
@@ -6,13 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 
+import psutil
+
+from fmcore.artifacts.files import write_json
 from fmcore.errors import Interrupted, TrainingError
 from fmcore.redaction import without_credentials
 
 POLL_SECONDS = 0.2
 PARENT_VARIABLE = "STRATA_PARENT_PID"  # a parent that dies while the child still imports must be missed, too
+ERROR = "error.txt"  # in the folder of the spec: what is wrong, where a child refuses
+STOPPED = "stopped"  # in the folder of the spec: several processes saved on request
+LAYOUT = "layout.json"  # in the folder of the spec: which processes torchrun's agent starts
+MEETING = "meeting"  # folder where several processes of one machine find each other
 EXIT_INTERRUPTED = 75  # saved on request, to be resumed
 EXIT_REFUSED = 2  # the child says in error.txt what is wrong; another attempt would end the same way
 
@@ -25,15 +37,41 @@ ALLOCATOR = {
 }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Processes that train together: so many on each node. rendezvous: host:port where several nodes meet."""
+
+    processes: int = 1
+    nodes: int = 1
+    rendezvous: str = ""
+
+    @property
+    def world(self) -> int:
+        """Processes on all nodes together."""
+        return self.processes * self.nodes
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use; told without torch, which takes seconds to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
+
+
 class Child:
     """One child process in a working folder that holds spec.json, log.txt, heartbeat and error.txt.
 
-    lock: a descriptor that the child inherits, so that the artifact stays locked while it lives.
+    lock: a descriptor that the child inherits, so that the artifact stays locked while it lives. layout: of several
+    processes the child is torchrun's agent, and they are its children.
     """
 
     def __init__(
-        self, module: str, folder: Path, *, lock: int, grace_s: float, hang_timeout_s: float, threads: int
-    ) -> None:
+        self, module: str, folder: Path, *, lock: int, grace_s: float, hang_timeout_s: float, threads: int,
+        layout: Layout = Layout(),
+    ) -> None:  # fmt: skip
+        self._layout = layout
+        self._workers: dict[int, psutil.Process] = {}
         self._module = module
         self._folder = folder
         self._lock = lock
@@ -44,21 +82,22 @@ class Child:
     def run(self, *, on_line: Callable[[str], None], on_poll: Callable[[], None] = lambda: None) -> None:
         """Run to the end. Raises Interrupted, TrainingError, or whatever stopped the caller meanwhile."""
         log = self._folder / "log.txt"
+        _end_leftovers(self._folder / "spec.json")
+        for name in (ERROR, STOPPED):
+            (self._folder / name).unlink(missing_ok=True)
         with log.open("ab") as sink:
             offset = sink.tell()
             heartbeat = self._folder / "heartbeat"
             heartbeat.touch()
-            # -P: a foreign tasks.py in the working directory must not shadow ours
-            command = [sys.executable, "-P", "-m", self._module, str(self._folder / "spec.json")]
             process: subprocess.Popen | None = None
             tail = _Tail(log, offset, on_line)
             try:
                 process = subprocess.Popen(
-                    command,
+                    self._command(),
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
                     stderr=subprocess.STDOUT,
-                    env=child_environment(os.environ, self._threads),
+                    env=child_environment(os.environ, self._threads, self._grace_s),
                     pass_fds=(self._lock,),
                     start_new_session=True,
                 )
@@ -70,41 +109,62 @@ class Child:
         on_poll()
         self._raise_for(process.returncode, tail.last_lines)
 
+    def _command(self) -> list[str]:
+        # -P: a foreign tasks.py in the working directory must not shadow ours
+        python, spec = [sys.executable, "-P", "-m"], str(self._folder / "spec.json")
+        if self._layout.world == 1:
+            return [*python, self._module, spec]
+        layout = self._folder / LAYOUT
+        write_json(layout, asdict(self._layout))
+        return [*python, "fmcore.process.agent", str(layout), self._module, spec]
+
     def _watch(self, process: subprocess.Popen, heartbeat: Path, tail: "_Tail", on_poll: Callable[[], None]) -> None:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
+            self._note_workers(process)
             tail.read()
             on_poll()
             if time.time() - heartbeat.stat().st_mtime > self._hang_timeout_s:
                 self._kill_hung(process)
 
     def _stop(self, process: subprocess.Popen) -> None:
-        """Ask the child to save and go, then make it go."""
-        if process.poll() is not None:
-            return
-        process.send_signal(signal.SIGTERM)
+        """Ask the child to save and go, then make it and its workers go."""
         try:
-            process.wait(self._grace_s)
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(self._grace_s)
         except subprocess.TimeoutExpired:
             pass
         finally:  # also when a second signal ends our waiting
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            self._kill(process)
 
     def _kill_hung(self, process: subprocess.Popen) -> None:
         process.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack into the log
         time.sleep(1)
-        process.kill()
-        process.wait()
+        self._kill(process)
+
+    def _kill(self, process: subprocess.Popen) -> None:
+        self._note_workers(process)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for worker in self._workers.values():
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()  # psutil looks first whether the pid is still that process's
+                worker.wait()
+
+    def _note_workers(self, process: subprocess.Popen) -> None:
+        if self._layout.world > 1:
+            with suppress(psutil.NoSuchProcess):
+                self._workers |= {worker.pid: worker for worker in psutil.Process(process.pid).children(recursive=True)}
 
     def _raise_for(self, code: int, last_lines: list[str]) -> None:
         if code == 0:
             return
         if code == EXIT_INTERRUPTED:
             raise Interrupted("training was stopped after saving; run the same command again to resume")
-        if code == EXIT_REFUSED and (self._folder / "error.txt").exists():
-            raise TrainingRefused((self._folder / "error.txt").read_text().strip())
+        if code == EXIT_REFUSED and (self._folder / ERROR).exists():
+            raise TrainingRefused((self._folder / ERROR).read_text().strip())
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         end = "\n".join(last_lines[-12:])
         raise TrainingError(
@@ -116,11 +176,28 @@ class TrainingRefused(TrainingError):
     """The child found that it cannot do what it was asked; a retry would not help."""
 
 
-def child_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
-    """The environment of a child: allocator settings and thread counts, unless the user set their own."""
+def _end_leftovers(spec: Path) -> None:
+    """End what an attempt left behind whose agent was killed: its processes do not hold the artifact's lock."""
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.pid != os.getpid() and process.cmdline()[-1:] == [str(spec)]:
+                process.kill()
+                process.wait()
+
+
+def child_environment(environment: Mapping[str, str], threads: int, grace_s: float) -> dict[str, str]:
+    """The environment of a child: allocator settings and thread counts, unless the user set their own.
+
+    grace_s: what torchrun's agent gives its workers when it is stopped.
+    """
     defaults = {**ALLOCATOR, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
-    return {**defaults, **environment, **counts, PARENT_VARIABLE: str(os.getpid())}
+    own = {
+        PARENT_VARIABLE: str(os.getpid()),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(ceil(grace_s)),
+        "PYTHONSAFEPATH": "1",  # torchrun starts its workers without -P
+    }
+    return {**defaults, **environment, **counts, **own}
 
 
 class _Tail:

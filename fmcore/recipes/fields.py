@@ -5,6 +5,7 @@ digests of what they lead to. Zero or an empty string means "chosen for you", so
 these classes need no unions.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -313,7 +314,18 @@ class Execution(Block):
     """How to run, never what comes out: no part of any identity."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 = one per core. A resumed run keeps its own.")
+    processes: int = Field(
+        0,
+        ge=0,
+        description="Processes per node that train together; 0 = one per GPU, or one. A resumed run keeps its own.",
+    )
+    nodes: int = Field(1, ge=1, description="Machines that train together; on the others, run `strata join`.")
+    rendezvous: str = Field(
+        "", description="Where several nodes meet: host:port of one of them, as for torchrun; needs a shared home."
+    )
+    threads: int = Field(
+        0, ge=0, description="CPU threads of each process; 0 = the cores, shared out. A resumed run keeps its own."
+    )
     workers: int = Field(
         0, ge=0, description="Processes that read the data, and threads that encode it; 0 = as many as pay off."
     )
@@ -327,6 +339,14 @@ class Execution(Block):
     hang_timeout_s: float = Field(600, gt=0, description="Seconds without a heartbeat after which training is killed.")
     retries: int = Field(1, ge=0, description="How often a crashed training is resumed before the run fails.")
     tracking_uri: str = Field("", description="MLflow tracking URI; empty = MLFLOW_TRACKING_URI, or the home's own.")
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> "Execution":
+        if self.rendezvous and not re.fullmatch(r"\S+:\d{1,5}", self.rendezvous):
+            raise ValueError(f"rendezvous: expected host:port, as in 10.0.0.1:29400, given {self.rendezvous!r}")
+        if self.nodes > 1 and not self.rendezvous:
+            raise ValueError(f"nodes is {self.nodes}: set rendezvous, host:port of a node that the others reach")
+        return self
 
 
 def _check_hf(block: Source | Task) -> None:

@@ -47,14 +47,11 @@ class Order:
         """Optimizer steps in the whole run."""
         return -(-self.num_samples // self.batch_samples)
 
-    def step(self, step: int, *, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """(pool, sample) of each slot of a step, (n,) each; a rank takes every world-th slot.
-
-        step counts from 0. All ranks together hold exactly what one process would.
-        """
+    def step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(pool, sample) of each slot of a step, (n,) each. step counts from 0."""
         first = step * self.batch_samples
         last = min(first + self.batch_samples, self.num_samples)
-        return self.slots(np.arange(first + rank, last, world, dtype=np.int64))
+        return self.slots(np.arange(first, last, dtype=np.int64))
 
     def slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(pool, sample) of any slots, counted without those left out, (n,) each."""

@@ -24,6 +24,11 @@ class Row(NamedTuple):
     position_ids: np.ndarray
 
 
+def filler(seq_len: int, pad_id: int) -> Row:
+    """A row of padding alone, without a label."""
+    return Row(np.full(seq_len, pad_id), np.full(seq_len, IGNORE), np.arange(seq_len))
+
+
 class Samples(Protocol):
     """Numbered samples of one source."""
 

@@ -8,18 +8,23 @@ import numpy as np
 import torch
 
 from fmcore.tokens.order import Order, Pool
-from fmcore.tokens.samples import IGNORE, Samples, open_samples
+from fmcore.tokens.samples import IGNORE, Samples, filler, open_samples
 from fmcore.tokens.shards import map_array
 from fmcore.training.spec import Member, TrainSpec
 
 
 class Batch(NamedTuple):
-    """A step's rows: (B, T) int64 each. num_labels: positions in the loss; sources: share of the rows."""
+    """One process's rows of a step: (B, T) int64 each.
+
+    num_labels: of these rows, positions in the loss; num_tokens: positions of the whole step, which all processes
+    together feed; sources: share of the whole step's rows.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     num_labels: int
+    num_tokens: int
     sources: dict[str, float]
 
 
@@ -50,23 +55,31 @@ class Batches:
     """The batch of any step, as a function of the step. windows: data left out, see Order."""
 
     def __init__(self, spec: TrainSpec, pad_id: int, windows: Sequence[tuple[int, int]] = ()) -> None:
+        self._filler = filler(spec.seq_len, pad_id)
         self.pools = [[_Source(m, spec.seq_len, pad_id) for m in pool.members] for pool in spec.pools]
         self._starts = [np.cumsum([0, *map(len, pool)]) for pool in self.pools]
         pools = tuple(Pool(pool.weight, int(starts[-1])) for pool, starts in zip(spec.pools, self._starts, strict=True))
         self.order = Order(spec.seed, pools, spec.batch_samples, spec.num_samples, tuple(windows))
 
     def at(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's rows of a step, counted from 0."""
+        """This rank's rows of a step, counted from 0.
+
+        All ranks get as many, so that they work in step; what is missing is filled up with rows without labels.
+        """
         rows, sources = [], Counter[str]()
-        for pool, index in zip(*self.order.step(step, rank=rank, world=world), strict=True):
+        slots = list(zip(*self.order.step(step), strict=True))
+        for place, (pool, index) in enumerate(slots):
             source, number = self._locate(int(pool), np.array([index]))
-            rows.append(source.samples.row(int(number[0])))
             sources[source.member.label] += 1
+            if place % world == rank:
+                rows.append(source.samples.row(int(number[0])))
+        rows += [self._filler] * (-(-len(slots) // world) - len(rows))
         input_ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
         num_labels = int((labels != IGNORE).sum())
         return Batch(
-            input_ids, labels, positions, num_labels, {name: n / len(rows) for name, n in sorted(sources.items())}
-        )
+            input_ids, labels, positions, num_labels, num_tokens=len(slots) * input_ids.shape[1],
+            sources={name: n / len(slots) for name, n in sorted(sources.items())},
+        )  # fmt: skip
 
     def _locate(self, pool: int, indices: np.ndarray) -> tuple[_Source, np.ndarray]:
         which = int(np.searchsorted(self._starts[pool], indices[0], side="right")) - 1

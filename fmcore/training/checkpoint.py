@@ -1,6 +1,9 @@
 """The training state on disk: written beside the old one, flushed, verified, and only then pointed at.
 
 latest/step-00000123/  model.safetensors, optimizer.safetensors, state.json, manifest.json (sha256s)
+                       of several processes a pair of files each, in the format of torch.distributed.checkpoint's
+                       safetensors writer: what each holds of the parameters says its header. Any number of
+                       processes reads them
 latest/pointer.json    which of the kept ones to resume from, and the sha256 of each one's manifest
 
 Kept are the last two, and the last two anchors, which training goes back to when it goes wrong.
@@ -9,23 +12,32 @@ No pickle: tensors are safetensors, the rest is JSON. The random state is no ten
 its generator from (seed, step), so the step number is the whole of it.
 """
 
+import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as read_into
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fmcore.artifacts.files import fsync_path, fsync_tree, read_json, sha256_file, write_json
 from fmcore.artifacts.store import package_versions
 from fmcore.training.health import Health
-from fmcore.training.optimizer import load_state, state_tensors
+from fmcore.training.optimizer import empty_state, load_state, state_tensors
+from fmcore.training.parallel import ALONE, Processes
 
 KEPT = 2
 POINTER = "pointer.json"
 MANIFEST = "manifest.json"
+STATE = "state.json"
+SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # as torch.distributed.checkpoint's safetensors reader expects
 
 
 class Effort(BaseModel):
@@ -47,8 +59,8 @@ class Effort(BaseModel):
 class TrainState(BaseModel):
     """Where a training is. step: optimizer steps done; tokens: positions fed; seconds: time spent in those steps.
 
-    health: of the steps before. threads, micro_batch, packages: what the bits of the result depend on, used again
-    on resume.
+    health: of the steps before. processes, threads (of each), micro_batch, packages: what the bits of the result
+    depend on, used again on resume.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,6 +70,7 @@ class TrainState(BaseModel):
     smoothed_loss: float | None = None
     health: Health = Health()
     effort: Effort = Effort()
+    processes: int = 1
     threads: int
     micro_batch: int
     packages: dict[str, str]
@@ -69,15 +82,27 @@ class TrainState(BaseModel):
 
 
 class Snapshot(NamedTuple):
-    """Weights and optimizer state by name, on the CPU, apart from those that training goes on to change."""
+    """Weights and optimizer state by name, on the CPU, apart from those that training goes on to change.
+
+    What this process holds of them, or the whole. offsets: of what is a part, where it begins in the whole.
+    """
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
+    offsets: dict[str, list[int]]
 
-    def write(self, folder: Path) -> None:
-        """Write model.safetensors and optimizer.safetensors."""
-        save_file(self.model, folder / "model.safetensors")
-        save_file(self.optimizer, folder / "optimizer.safetensors")
+    def write(self, folder: Path, part: str = "") -> list[Path]:
+        """Write model<part>.safetensors and optimizer<part>.safetensors."""
+        written = []
+        for kind, tensors in (("model", self.model), ("optimizer", self.optimizer)):
+            path = folder / f"{kind}{part}.safetensors"
+            save_file(tensors, path, self._header(tensors) if part else None)
+            written.append(path)
+        return written
+
+    def _header(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        places = {name: {OFFSETS: self.offsets.get(name, [0] * tensors[name].ndim)} for name in tensors}
+        return {SHARDING: json.dumps(places)}
 
 
 class Trainee:
@@ -87,25 +112,66 @@ class Trainee:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
         self._names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
-        self._snapshot = Snapshot({}, {})
+        self._snapshot = Snapshot({}, {}, {})
 
-    def snapshot(self) -> Snapshot:
-        """A copy in memory that the next one takes again: write it before you ask for another."""
-        _copy(self.parameters, self._snapshot.model)
-        _copy(state_tensors(self.optimizer, self._names), self._snapshot.optimizer)
+    def snapshot(self, *, first: bool = True) -> Snapshot:
+        """A copy in memory that the next one takes again: write it before you ask for another.
+
+        first: whether this process keeps what all of them have the same.
+        """
+        state = state_tensors(self.optimizer, self._names)
+        model = _own(self.parameters, self._snapshot.offsets, first=first)
+        _copy(model, self._snapshot.model)
+        _copy(_own(state, self._snapshot.offsets, first=first), self._snapshot.optimizer)
         return self._snapshot
 
-    def load(self, folder: Path) -> None:
-        """Read weights and optimizer state back."""
-        tensors = load_file(folder / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
-        self.load_optimizer(folder / "optimizer.safetensors")
+    def whole(self, *, keep: bool = True) -> Snapshot:
+        """All of it, put together from all processes, which have to ask at the same time; keep: for which of them."""
+        state = state_tensors(self.optimizer, self._names)
+        return Snapshot(_gathered(self.parameters, keep=keep), _gathered(state, keep=keep), {})
 
-    def load_optimizer(self, path: Path) -> None:
-        """Read the optimizer's state alone."""
-        load_state(self.optimizer, self._names, load_file(path))
+    def load(self, folder: Path) -> None:
+        """Read weights and optimizer state back, as much of them as this process holds."""
+        _read(folder, {name: parameter.detach() for name, parameter in self.parameters.items()})
+        self.load_optimizer(folder)
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Read the optimizer's state alone; parameters that had none when it was written get none."""
+        reader = HuggingFaceStorageReader(str(folder))
+        state = empty_state(self.parameters, reader.read_metadata().state_dict_metadata)
+        _read(folder, state)
+        load_state(self.optimizer, self._names, state)
+
+
+def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill tensors from the safetensors files of a folder, whoever wrote them, of however many processes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself
+        if tensors:
+            read_into(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _own(tensors: Mapping[str, torch.Tensor], offsets: dict[str, list[int]], *, first: bool) -> dict[str, torch.Tensor]:
+    """What this process is to write, and where in the whole it begins."""
+    own = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            if local.numel():
+                _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+                own[name], offsets[name] = local, list(begin)
+        elif first:
+            own[name] = tensor
+    return own
+
+
+def _gathered(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    whole = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = full.detach().to("cpu", copy=True).contiguous()
+    return whole
 
 
 def _copy(source: Mapping[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
@@ -119,33 +185,56 @@ def _copy(source: Mapping[str, torch.Tensor], target: dict[str, torch.Tensor]) -
                 target[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def write_state(folder: Path, snapshot: Snapshot, state: TrainState) -> str:
-    """Write one complete, flushed state folder in place of whatever stands at `folder`.
+def write_state(folder: Path, snapshot: Snapshot, state: TrainState, processes: Processes = ALONE) -> str:
+    """Write one complete, flushed state folder in place of whatever stands at `folder`, all processes together.
 
     Returns the sha256 of its manifest. What cannot be finished, on a full disk, leaves nothing behind.
     """
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    part = f"-{processes.rank:05d}-of-{processes.world:05d}" if processes.world > 1 else ""
+    processes.first(lambda: _empty(temporary))
     try:
-        snapshot.write(temporary)
-        write_json(temporary / "state.json", state.model_dump())
-        manifest = {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, manifest)
-        fsync_tree(temporary)
+        entries = processes.each(lambda: [_entry(path) for path in snapshot.write(temporary, part)])
+        manifest = {name: entry for written in entries for name, entry in written}
+        return processes.first(lambda: _complete(temporary, folder, state, manifest))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _entry(path: Path) -> tuple[str, dict[str, Any]]:
+    fsync_path(path)
+    return path.name, {"sha256": sha256_file(path), "size": path.stat().st_size}
+
+
+def _complete(temporary: Path, folder: Path, state: TrainState, manifest: dict[str, Any]) -> str:
+    write_json(temporary / STATE, state.model_dump())
+    manifest[STATE] = _entry(temporary / STATE)[1]
+    write_json(temporary / MANIFEST, manifest)
+    fsync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     fsync_path(folder.parent)
     return sha256_file(folder / MANIFEST)
 
 
-def write_latest(latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int) -> None:
+def write_latest(
+    latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int, processes: Processes = ALONE
+) -> None:
     """Write, verify by reading back, then move the pointer, then drop what is no longer kept."""
     folder = latest / f"step-{state.step:08d}"
-    digest = write_state(folder, snapshot, state)
+    digest = write_state(folder, snapshot, state, processes)
+    processes.first(lambda: _point_at(folder, digest, anchor_steps))
+
+
+def _point_at(folder: Path, digest: str, anchor_steps: int) -> None:
+    latest = folder.parent
     if problem := damage(folder, digest):
         raise OSError(f"the state just written does not read back: {problem}")
     known = {name: sha for name, sha in _manifests(latest).items() if (latest / name).is_dir()}
@@ -193,35 +282,46 @@ def resume_points(latest: Path) -> Iterator[tuple[Path, str]]:
     yield from ((folder, manifests.get(folder.name, "")) for folder in folders)
 
 
-def load_latest(latest: Path, trainee: Trainee) -> TrainState | None:
+def load_latest(latest: Path, trainee: Trainee, processes: Processes = ALONE) -> TrainState | None:
     """Load the newest state that verifies; a damaged one is named and passed over."""
     if (latest / POINTER).exists() and not _manifests(latest):
-        print(f"WARNING: {POINTER} is damaged; looking for the newest state that is whole")
-    return _load_first(resume_points(latest), trainee)
+        processes.say(f"WARNING: {POINTER} is damaged; looking for the newest state that is whole")
+    return _load_first(resume_points(latest), trainee, processes)
 
 
-def load_anchor(latest: Path, trainee: Trainee, anchor_steps: int) -> TrainState | None:
+def load_anchor(latest: Path, trainee: Trainee, anchor_steps: int, processes: Processes = ALONE) -> TrainState | None:
     """Load the last anchor but one, or the last where there is but one, and drop the states of later steps.
 
     The last may have been saved when things were going wrong already.
     """
     anchors = [point for point in resume_points(latest) if is_anchor(point[0], anchor_steps)]
     kept = sorted(anchors, reverse=True)[:KEPT]
-    state = _load_first([*kept[1:], *kept[:1]], trainee)
+    state = _load_first([*kept[1:], *kept[:1]], trainee, processes)
     if state is not None:
-        for folder in _newest_first(latest):
-            if _step_of(folder) > state.step:
-                shutil.rmtree(folder)
+        later = [folder for folder in _newest_first(latest) if _step_of(folder) > state.step]
+        processes.first(lambda: _remove(later))
     return state
 
 
-def _load_first(points: Iterable[tuple[Path, str]], trainee: Trainee) -> TrainState | None:
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def _load_first(points: Iterable[tuple[Path, str]], trainee: Trainee, processes: Processes) -> TrainState | None:
+    folder = processes.first(lambda: _first_whole(points))
+    if folder is None:
+        return None
+    trainee.load(folder)
+    return TrainState.model_validate(read_json(folder / STATE))
+
+
+def _first_whole(points: Iterable[tuple[Path, str]]) -> Path | None:
     for folder, digest in points:
-        if problem := damage(folder, digest):
-            print(f"WARNING: {folder.name} is damaged ({problem}); going back to the state before it")
-            continue
-        trainee.load(folder)
-        return TrainState.model_validate(read_json(folder / "state.json"))
+        problem = damage(folder, digest)
+        if problem is None:
+            return folder
+        print(f"WARNING: {folder.name} is damaged ({problem}); going back to the state before it", flush=True)
     return None
 
 
@@ -229,7 +329,7 @@ def peek_latest(latest: Path) -> dict[str, Any] | None:
     """The state.json that a resume would start from, if there is one."""
     for folder, digest in resume_points(latest):
         if damage(folder, digest) is None:
-            return dict(read_json(folder / "state.json"))
+            return dict(read_json(folder / STATE))
     return None
 
 
@@ -252,6 +352,6 @@ def damage(folder: Path, digest: str = "") -> str | None:
     return None
 
 
-def initial_state(threads: int, micro_batch: int) -> TrainState:
+def initial_state(threads: int, micro_batch: int, processes: int = 1) -> TrainState:
     """The state before the first step."""
-    return TrainState(threads=threads, micro_batch=micro_batch, packages=package_versions())
+    return TrainState(processes=processes, threads=threads, micro_batch=micro_batch, packages=package_versions())

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fmcore.artifacts.store import package_versions
 from fmcore.data.ledger import ID_TYPE, Ledger, write_ledger
 from fmcore.errors import TrainingError
 from fmcore.model.adapters import add_lora, save_adapter
-from fmcore.model.build import build_model, open_model
+from fmcore.model.build import build_model, load_parameters, open_model
 from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
@@ -24,9 +25,11 @@ from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_
 from fmcore.training.figures import FORMULA, count_restart, figures, flops_per_token, in_words, measure_peak
 from fmcore.training.health import anchor_interval
 from fmcore.training.loop import train
+from fmcore.training.loss import StepModel
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.metrics import MetricsLog
 from fmcore.training.optimizer import make_adamw
+from fmcore.training.parallel import Processes
 from fmcore.training.saving import Saver, could_not_save
 from fmcore.training.spec import TrainSpec
 
@@ -34,48 +37,60 @@ TARGET_MICRO_TOKENS = 8192
 
 
 def main(path: Path) -> bool:
-    """Train what the spec says; False if interrupted after saving."""
+    """Train what the spec says, alone or as one of several; False if interrupted after saving."""
     stop, heartbeat = Stop(), Heartbeat(path.parent)
-    folder = path.parent
     spec = TrainSpec.model_validate(read_json(path))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    kept = peek_latest(folder / "latest") or {}
+    heartbeat.beat()
+    # whoever watches the heartbeat comes first, and has all stacks written
+    processes = Processes.join(spec.device, path.parent, timeout_s=2 * spec.hang_timeout_s)
+    done = _train(spec, path.parent, stop, heartbeat, processes)
+    processes.leave()
+    return done
+
+
+def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, processes: Processes) -> bool:
+    kept = processes.first(lambda: peek_latest(folder / "latest")) or {}
     threads = prepare_torch(kept.get("threads") or spec.threads)
     tokenizer = load_tokenizer(spec.tokenizer)
     model = make_model(spec, tokenizer)
-    trainable = PeftModel if spec.method == "lora" else None
-    trained = add_lora(model, spec.lora) if trainable else model
-    trained.to(pick_device(spec.device))
+    torch.manual_seed(spec.seed)  # for the adapters; of several processes each makes the same ones
+    trained = add_lora(model, spec.lora) if spec.method == "lora" else model
+    flops = flops_per_token(trained, model.config, spec.seq_len)
+    step_model = StepModel(model).to(processes.device)
+    processes.shard(step_model)
     optimizer = make_adamw(trained.named_parameters(), betas=spec.betas, weight_decay=spec.weight_decay)
     trainee = Trainee(trained, optimizer)
-    saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps))
-    state = load_latest(folder / "latest", trainee)
+    saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps), processes)
+    state = load_latest(folder / "latest", trainee, processes)
     resumed = state is not None
     if state is None:
-        state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len))
+        state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len), processes.world)
         if spec.optimizer:
-            trainee.load_optimizer(spec.optimizer)
-        saver.save_latest(state)  # threads and micro-batch hold from the first step on
-    warn_of_other_packages(state)
-    device = next(trained.parameters()).device
-    peak, flops = measure_peak(device), flops_per_token(trained, model.config, spec.seq_len)
-    _announce(spec, trained, state)
-    print(f"MFU against {peak / 1e9:,.0f} GFLOP/s, an fp32 matrix product here; {FORMULA}", flush=True)
+            trainee.load_optimizer(spec.optimizer.parent)
+        saver.save_latest(state)  # what the bits depend on holds from the first step on
+    for warning in changes(state, processes.world):
+        processes.say(f"WARNING: {warning}")
+    state.processes = processes.world
+    [peak] = processes.sum([measure_peak(processes.device)])
+    processes.say(_announcement(spec, trained, state))
+    processes.say(f"MFU against {peak / 1e9:,.0f} GFLOP/s, an fp32 matrix product here; {FORMULA}")
     batches = Batches(spec, pad_id(tokenizer), state.health.windows)
+    heartbeat.beat()
     try:
-        with MetricsLog(folder / METRICS, state.step) as log:
-            if resumed:
+        with MetricsLog(folder / METRICS, state.step) if processes.is_first else nullcontext() as log:
+            if resumed and log:
                 count_restart(state, log.lost, spec.batch_samples * spec.seq_len)
-            done = train(spec, model, trainee, batches, state, saver, log, stop, heartbeat)
+            done = train(spec, step_model, trainee, batches, state, saver, log, stop, heartbeat, processes)
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
     if not done:
-        print(f"stopped after step {state.step}, saved")
+        processes.say(f"stopped after step {state.step}, saved")
         return False
-    reached = figures(state, flops, peak, device)
-    print(in_words(reached), flush=True)
-    write_final(spec, folder, trained, tokenizer, batches, state, reached)
+    reached = figures(state, flops, peak, processes.device)
+    processes.say(in_words(reached))
+    export(spec, folder, trained, trainee, tokenizer, batches, state, reached, processes)
     return True
 
 
@@ -88,17 +103,10 @@ def make_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 def prepare_torch(threads: int) -> int:
     """Fix what the bits of the result depend on; returns the number of threads."""
-    threads = threads or os.cpu_count() or 1
+    threads = threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     return threads
-
-
-def pick_device(device: str) -> torch.device:
-    """auto takes a GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -106,24 +114,49 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def warn_of_other_packages(state: TrainState) -> None:
-    """The bits of a result depend on these versions; a resume under others is right, but not to the bit."""
+def changes(state: TrainState, world: int) -> Iterator[str]:
+    """What the bits of the result depend on and is other than when the training began: right, but not to the bit."""
     now = package_versions()
     changed = [f"{name} {then} -> {now.get(name)}" for name, then in state.packages.items() if now.get(name) != then]
     if changed:
-        print(f"WARNING: resuming under other versions ({', '.join(changed)}); the last bits may differ")
+        yield f"resuming under other versions ({', '.join(changed)}); the last bits may differ"
+    if state.processes != world:
+        yield f"resuming with {world} processes what {state.processes} began; the last bits may differ"
 
 
-def _announce(spec: TrainSpec, model: torch.nn.Module, state: TrainState) -> None:
+def _announcement(spec: TrainSpec, model: torch.nn.Module, state: TrainState) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     start = f"resuming after step {state.step}" if state.step else "starting"
-    print(
+    rows = -(-spec.batch_samples // state.processes)
+    several = f"{state.processes} processes of " if state.processes > 1 else ""
+    return (
         f"{start}: {total:,} parameters, {trainable:,} trained ({spec.method}); {spec.schedule.num_steps:,} steps of "
-        f"{spec.batch_samples * spec.seq_len:,} tokens; {state.threads} threads, micro-batch "
-        f"{min(state.micro_batch, spec.batch_samples)}",
-        flush=True,
+        f"{spec.batch_samples * spec.seq_len:,} tokens; {several}{state.threads} threads, micro-batch "
+        f"{min(state.micro_batch, rows)}"
     )
+
+
+def export(
+    spec: TrainSpec,
+    folder: Path,
+    model: torch.nn.Module,
+    trainee: Trainee,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    state: TrainState,
+    reached: dict[str, float],
+    processes: Processes,
+) -> None:
+    """Have the first process write what comes out, from the weights of all."""
+    if processes.world > 1:
+        tensors = trainee.whole(keep=processes.is_first).model
+        if processes.is_first:
+            alone = make_model(spec, tokenizer)
+            model = add_lora(alone, spec.lora) if spec.method == "lora" else alone
+            load_parameters(model, tensors)
+    if processes.is_first:
+        write_final(spec, folder, model, tokenizer, batches, state, reached)
 
 
 def write_final(

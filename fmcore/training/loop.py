@@ -4,16 +4,16 @@ import math
 import time
 
 import torch
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
 
 from fmcore.errors import TrainingError
-from fmcore.model.build import decoder_of
 from fmcore.process.guard import Heartbeat, Stop
 from fmcore.training.batches import Batch, Batches
 from fmcore.training.checkpoint import Trainee, TrainState
 from fmcore.training.health import MAX_ROLLBACKS
-from fmcore.training.loss import next_token_loss
+from fmcore.training.loss import StepModel
 from fmcore.training.metrics import MetricsLog
+from fmcore.training.parallel import Processes
 from fmcore.training.saving import Saver
 from fmcore.training.spec import TrainSpec
 
@@ -22,53 +22,54 @@ SMOOTHING = 0.95  # of the loss that progress shows
 
 def train(
     spec: TrainSpec,
-    model: PreTrainedModel,
+    model: StepModel,
     trainee: Trainee,
     batches: Batches,
     state: TrainState,
     saver: Saver,
-    log: MetricsLog,
+    log: MetricsLog | None,
     stop: Stop,
     heartbeat: Heartbeat,
+    processes: Processes,
 ) -> bool:
     """Train from `state` to the end; False if stopped before it, after saving.
 
     Killed at any moment and started again, it ends in the same bits: the batch, the rate and the random
-    state of a step follow from its number alone, and all else is in the saved state.
+    state of a step follow from its number alone, and all else is in the saved state. Several processes each
+    take their share of a step's rows, and decide nothing but by what they have added up; log: the first one's.
     """
-    device = next(model.parameters()).device
-    head = model.get_output_embeddings().weight
+    device = processes.device
     parameters = list(trainee.parameters.values())
     num_steps = spec.schedule.num_steps
     last_save = time.monotonic()
+    [stopping] = processes.sum([stop.requested])
     model.train()
 
     while state.step < num_steps:
         if state.step == spec.schedule.stable_step and spec.method == "full":
             saver.save_stable(state)
-        if stop.requested:
+        if stopping:
             saver.save_latest(state)
             saver.wait()
             return False
 
         # step
         start = time.perf_counter()
-        torch.manual_seed(step_seed(spec.seed, state.step))
-        batch = batches.at(state.step)
+        torch.manual_seed(step_seed(spec.seed, state.step, processes.rank))
+        batch = batches.at(state.step, rank=processes.rank, world=processes.world)
+        [num_labels] = processes.sum([batch.num_labels])
         state.effort.data_wait_s += time.perf_counter() - start
         lr = spec.schedule.lr(state.step)
         for group in trainee.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for micro in micro_batches(batch, state.micro_batch, device):
-            hidden = decoder_of(model)(
-                input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False
-            ).last_hidden_state  # (B, T, D); no attention mask: with one, packed documents would leak
-            part = next_token_loss(hidden, head, micro.labels, max(1, batch.num_labels))
+            part = model(micro.input_ids, micro.position_ids, micro.labels, max(1, num_labels))
             part.backward()
             loss += part.detach()
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.grad_clip))
-        value = float(loss)
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, spec.grad_clip)))
+        late = time.monotonic() - last_save >= spec.save_interval_s and not saver.busy and processes.is_first
+        value, stopping, due = processes.sum([float(loss), stop.requested, late])
         problem = state.health.problem(value, grad_norm, spec.spike_sigma)
         if not problem:
             trainee.optimizer.step()
@@ -76,31 +77,29 @@ def train(
 
         # log
         seconds = time.perf_counter() - start
-        num_tokens = batch.input_ids.numel()
         state.step += 1
-        state.tokens += num_tokens
+        state.tokens += batch.num_tokens
         state.seconds += seconds
-        log.write(
-            {
+        if log:
+            row = {
                 "step": state.step, "tokens": state.tokens, "loss": finite(value), "lr": lr,
                 "grad_norm": finite(grad_norm), "skipped": int(bool(problem)),
-                "tokens_per_sec": num_tokens / seconds, "time": time.time(), "sources": batch.sources,
-            }
-        )  # fmt: skip
-        heartbeat.beat()
+                "tokens_per_sec": batch.num_tokens / seconds, "time": time.time(), "sources": batch.sources,
+            }  # fmt: skip
+            log.write(row)
+            heartbeat.beat()
 
         # health
         if problem:
-            print(f"WARNING: step {state.step} changes nothing: its {problem}", flush=True)
+            processes.say(f"WARNING: step {state.step} changes nothing: its {problem}")
             if state.health.failed(state.step - 1, num_steps):
-                go_back(spec, trainee, batches, state, saver, log, problem)
+                go_back(spec, batches, state, saver, log, problem, processes)
             continue
         state.health.passed(value, grad_norm)
         smoothed = state.smoothed_loss
         state.smoothed_loss = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
 
         # save
-        due = time.monotonic() - last_save >= spec.save_interval_s and not saver.busy
         if (due or saver.is_anchor(state)) and state.step < num_steps:
             saver.save_latest(state)
             last_save = time.monotonic()
@@ -110,8 +109,9 @@ def train(
 
 
 def go_back(
-    spec: TrainSpec, trainee: Trainee, batches: Batches, state: TrainState, saver: Saver, log: MetricsLog, problem: str
-) -> None:
+    spec: TrainSpec, batches: Batches, state: TrainState, saver: Saver, log: MetricsLog | None, problem: str,
+    processes: Processes,
+) -> None:  # fmt: skip
     """Make `state`, weights and optimizer those of an anchor, and leave the data since out for good.
 
     Raises TrainingError where it was done too often, or no anchor is left.
@@ -124,19 +124,24 @@ def go_back(
             f"after going back {tried} times. Training cannot go on from here; lower train.lr (now "
             f"{spec.schedule.peak_lr:g}), or look at the data of the last steps"
         )
-    print(
+    processes.say(
         f"WARNING: {state.health.in_a_row} steps in a row had to be skipped; going back to step {saved.step}, without "
-        f"the data of the {state.step - saved.step} steps since",
-        flush=True,
+        f"the data of the {state.step - saved.step} steps since"
     )
     batches.order = batches.order.without(saved.step, state.step)
     saved.health.rollbacks = tried + 1
     saved.health.windows = list(batches.order.windows)
     state.effort.lost_steps += state.step - saved.step
-    log.go_back(saved.step)
+    if log:
+        log.go_back(saved.step)
     state.become(saved)
     saver.save_latest(state)
     saver.wait()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be spread over processes, all of which have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def finite(value: float) -> float | None:
@@ -144,9 +149,9 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The random seed of a step, so that no generator's state needs to be carried along."""
-    return (seed * 1_000_003 + step) % (1 << 63)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The random seed of a step in one of the processes, so that no generator's state needs to be carried along."""
+    return (seed * 1_000_003 + step + (rank << 48)) % (1 << 63)
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> list[Batch]:

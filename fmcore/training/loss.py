@@ -7,7 +7,9 @@ Wijmans et al. 2024, arXiv 2411.09009, and Liger); memory is one chunk's logits 
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from fmcore.model.build import decoder_of
 from fmcore.tokens.samples import IGNORE
 
 CHUNK_ROWS = 512
@@ -51,6 +53,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+class StepModel(torch.nn.Module):
+    """A decoder and its loss as one module, so that a sharded head is whole while the loss needs it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, denominator: float
+    ) -> torch.Tensor:
+        """The loss of (B, T) rows, see `next_token_loss`."""
+        hidden = decoder_of(self.model)(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state  # (B, T, D); no attention mask: with one, packed documents would leak
+        return next_token_loss(hidden, self.model.get_output_embeddings().weight, labels, denominator)
 
 
 def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, denominator: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """AdamW with the usual parameter groups, and its state as plain named tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 
@@ -28,6 +28,19 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, st
     }
 
 
+def empty_state(parameters: Mapping[str, torch.Tensor], there: Container[str]) -> dict[str, torch.Tensor]:
+    """`<parameter>/<state>` -> tensor to read into, shaped and spread over processes as the parameter is.
+
+    there: the names that were saved; a parameter that had no state yet has none of them.
+    """
+    return {
+        f"{name}/{key}": torch.zeros(()) if key == "step" else torch.zeros_like(parameter, requires_grad=False)
+        for name, parameter in parameters.items()
+        for key in STATE_NAMES
+        if f"{name}/{key}" in there
+    }
+
+
 def load_state(
     optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -36,7 +49,7 @@ def load_state(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[parameter]
-            state = {key: tensors[f"{name}/{key}"].clone() for key in STATE_NAMES if f"{name}/{key}" in tensors}
+            state = {key: tensors[f"{name}/{key}"] for key in STATE_NAMES if f"{name}/{key}" in tensors}
             if state:
                 device = parameter.device
                 optimizer.state[parameter] = {key: tensor.to(device) for key, tensor in state.items()}

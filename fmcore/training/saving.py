@@ -17,6 +17,7 @@ from fmcore.training.checkpoint import (
     write_latest,
     write_state,
 )
+from fmcore.training.parallel import ALONE, Processes
 
 Write = Callable[[Snapshot, TrainState], object]
 
@@ -27,7 +28,8 @@ class Saver:
     A state that could not be written raises TrainingError in the training thread, at its next call here.
     """
 
-    def __init__(self, folder: Path, trainee: Trainee, anchor_steps: int) -> None:
+    def __init__(self, folder: Path, trainee: Trainee, anchor_steps: int, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._folder = folder
         self._latest = folder / "latest"
         self._anchor_steps = anchor_steps
@@ -43,11 +45,24 @@ class Saver:
 
     def save_latest(self, state: TrainState) -> None:
         """Begin to write the state to resume from. Waits for the one before it, if that is not written yet."""
-        self._save(state, lambda snapshot, then: write_latest(self._latest, snapshot, then, self._anchor_steps))
+        self._save(state, self._snapshot, self._write_latest)
+
+    def _snapshot(self) -> Snapshot:
+        return self._trainee.snapshot(first=self._processes.is_first)
+
+    def _write_latest(self, snapshot: Snapshot, state: TrainState) -> None:
+        write_latest(self._latest, snapshot, state, self._anchor_steps, self._processes)
 
     def save_stable(self, state: TrainState) -> None:
         """Begin to write the state that continuous pre-training will start from."""
-        self._save(state, lambda snapshot, then: write_state(self._folder / "stable", snapshot, then))
+        self._save(state, self._snapshot if self._processes.world == 1 else self._whole, self._write_stable)
+
+    def _whole(self) -> Snapshot:
+        return self._trainee.whole(keep=self._processes.is_first)
+
+    def _write_stable(self, snapshot: Snapshot, state: TrainState) -> None:
+        if self._processes.is_first:
+            write_state(self._folder / "stable", snapshot, state)
 
     def is_anchor(self, state: TrainState) -> bool:
         """Whether a state has to be saved, to be gone back to."""
@@ -56,7 +71,7 @@ class Saver:
     def load_anchor(self) -> TrainState | None:
         """Put the trainee back to an anchor."""
         self.wait()
-        return load_anchor(self._latest, self._trainee, self._anchor_steps)
+        return load_anchor(self._latest, self._trainee, self._anchor_steps, self._processes)
 
     def wait(self) -> None:
         """Return when all is written. Raises TrainingError where it could not be."""
@@ -72,10 +87,10 @@ class Saver:
         state.effort.wall_s += now - self._since
         self._since = now
 
-    def _save(self, state: TrainState, write: Write) -> None:
+    def _save(self, state: TrainState, copy: Callable[[], Snapshot], write: Write) -> None:
         start = time.perf_counter()
         self.wait()
-        snapshot = self._trainee.snapshot()
+        snapshot = copy()
         state.effort.saves += 1
         state.effort.save_stall_s += time.perf_counter() - start
         self.count_time(state)

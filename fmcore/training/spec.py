@@ -71,3 +71,4 @@ class TrainSpec(_Block):
     threads: int
     micro_batch: int
     save_interval_s: float
+    hang_timeout_s: float

@@ -22,7 +22,7 @@ from fmcore.model.importing import origin_of
 from fmcore.model.outside import Origin
 from fmcore.model.presets import model_fields
 from fmcore.model.weights import Weights, final_weights, start_weights
-from fmcore.process.launch import Child, TrainingRefused
+from fmcore.process.launch import ERROR, LAYOUT, STOPPED, Child, Layout, TrainingRefused, num_gpus
 from fmcore.recipes.fields import Execution, Lora, Optimization, Source
 from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, PretrainRecipe, StageRecipe
 from fmcore.tokens.order import Pool, slots_for
@@ -128,6 +128,7 @@ def _run_with_retries(
     child = Child(
         "fmcore.training.child", building.path, lock=building.lock, grace_s=execution.grace_s,
         hang_timeout_s=execution.hang_timeout_s, threads=execution.threads,
+        layout=_layout(building.path / "latest", execution),
     )  # fmt: skip
     for attempt in range(execution.retries + 1):
         try:
@@ -141,9 +142,16 @@ def _run_with_retries(
             on_line(f"attempt {attempt + 1} failed, going on from the last saved state, if there is one: {error}")
 
 
+def _layout(latest: Path, execution: Execution) -> Layout:
+    """The processes to start: as many as asked for, else as the training began with, else one, or one per GPU."""
+    kept = max((read_json(path).get("processes", 1) for path in latest.glob("step-*/state.json")), default=0)
+    found = kept // execution.nodes or (num_gpus() if execution.device != "cpu" else 1)
+    return Layout(execution.processes or max(1, found), execution.nodes, execution.rendezvous)
+
+
 def _collect(folder: Path, spec: TrainSpec) -> Fields:
     summary = read_json(folder / "summary.json")
-    for name in ("latest", "heartbeat", "summary.json", "error.txt"):
+    for name in ("latest", "heartbeat", "summary.json", ERROR, STOPPED, LAYOUT):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     counts = {"steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples}
@@ -189,6 +197,7 @@ def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel 
         ledger=start.ledger,
         device=recipe.execution.device,
         threads=recipe.execution.threads,
+        hang_timeout_s=recipe.execution.hang_timeout_s,
         micro_batch=recipe.execution.micro_batch,
         save_interval_s=recipe.execution.save_interval_s,
     )

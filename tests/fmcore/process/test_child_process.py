@@ -117,11 +117,11 @@ def test_a_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
 
 
 def test_the_environment_of_a_child() -> None:
-    made = child_environment({"MALLOC_TRIM_THRESHOLD_": "1", "OMP_NUM_THREADS": "7"}, threads=3)
+    made = child_environment({"MALLOC_TRIM_THRESHOLD_": "1", "OMP_NUM_THREADS": "7"}, threads=3, grace_s=20)
     assert made["MALLOC_TRIM_THRESHOLD_"] == "1"  # what the user set wins
     assert made["MALLOC_MMAP_THRESHOLD_"] == ALLOCATOR["MALLOC_MMAP_THRESHOLD_"]
     assert (made["OMP_NUM_THREADS"], made["MKL_NUM_THREADS"]) == ("3", "3")
-    assert "MKL_NUM_THREADS" not in child_environment({}, threads=0)
+    assert "MKL_NUM_THREADS" not in child_environment({}, threads=0, grace_s=20)
 
 
 def test_the_foreign_working_directory_is_not_imported(

@@ -91,17 +91,6 @@ ORDERS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(one=ORDERS, world=st.integers(2, 5), data=st.data())
-def test_ranks_together_are_one_process(one: Order, world: int, data: st.DataObject) -> None:
-    step = data.draw(st.integers(0, one.num_steps - 1))
-    shares = [pairs(one.step(step, rank=rank, world=world)) for rank in range(world)]
-    whole = pairs(one.step(step))
-    assert [pair for place in range(len(whole)) for pair in [shares[place % world][place // world]]] == whole
-    assert sum(map(len, shares)) == len(whole)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
 @settings(max_examples=25, deadline=None)
 @given(one=ORDERS)
 def test_no_call_changes_another(one: Order) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from fmcore.model.build import build_model, decoder_of
 from fmcore.tokens.bpe import load_tokenizer
+from fmcore.tokens.samples import IGNORE
 from fmcore.training.batches import Batches
 from fmcore.training.loop import micro_batches, step_seed
 from fmcore.training.loss import next_token_loss
@@ -64,16 +65,26 @@ def test_micro_batch_changes_no_loss(based: Any, tiny: Any, corpora: dict[str, P
     assert len(curves[0]) >= 3
 
 
-def test_ranks_hold_together_what_one_process_holds(spec: Any) -> None:
+@pytest.mark.parametrize("world", [2, 3, 5, 50])
+def test_ranks_hold_together_what_one_process_holds(spec: Any, world: int) -> None:
     batches = Batches(spec, pad_id=2)
-    for step in range(2):
+    last = spec.schedule.num_steps - 1
+    for step in (0, 1, last):
         whole = batches.at(step)
-        parts = [batches.at(step, rank=rank, world=2) for rank in range(2)]
+        parts = [batches.at(step, rank=rank, world=world) for rank in range(world)]
+        rows = len(whole.input_ids)
+        assert {len(part.input_ids) for part in parts} == {-(-rows // world)}, "all work in step"
         for name in ("input_ids", "labels", "position_ids"):
-            joined = torch.cat([getattr(part, name) for part in parts])
-            order = torch.arange(len(joined)).view(-1, 2).T.flatten().argsort()  # rank 0 holds the even rows
-            assert torch.equal(joined[order], getattr(whole, name))
+            dealt = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(
+                0, 1
+            )  # row n is rank n % world's
+            assert torch.equal(dealt[:rows], getattr(whole, name))
+            assert name != "labels" or bool((dealt[rows:] == IGNORE).all()), "what fills up has no label"
         assert sum(part.num_labels for part in parts) == whole.num_labels
+        assert {(part.num_tokens, tuple(part.sources.items())) for part in parts} == {
+            (whole.num_tokens, tuple(whole.sources.items()))
+        }
+        assert whole.num_tokens == whole.input_ids.numel()
 
 
 def test_step_seeds_differ() -> None:

@@ -7,120 +7,42 @@ metrics.jsonl plus a random fraction of a second, drawn anew in every run and pr
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from fmcore.artifacts.files import sha256_file
-from fmcore.training.metrics import read_metrics
+from tests.resuming import (
+    GRACE_S,
+    PATIENCE_S,
+    Case,
+    child_of,
+    copy_of,
+    driver_of,
+    finish,
+    gone,
+    prepare,
+    result,
+    training,
+    wait_for,
+)
 
-DRIVER = Path(__file__).with_name("resume_driver.py")
 STEPS = 400
-PATIENCE_S = 120
-GRACE_S = 20.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """A home with shards and the recipe to train there."""
-
-    home: Path
-    recipe: Path
-
-    def folder(self) -> Path | None:
-        """The checkpoint's folder, partial or complete, if there is one."""
-        found = sorted((self.home / "artifacts" / "checkpoint").glob("plays-*"))
-        return found[0] if found else None
-
-    def steps_done(self) -> int:
-        folder = self.folder()
-        rows = read_metrics(folder / "metrics.jsonl") if folder else []
-        return rows[-1]["step"] if rows else 0
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny: Any, corpora: dict[str, Path]) -> Case:
     """Documents and shards, made once."""
-    from fmcore.artifacts.store import Store
-    from fmcore.data.prepare import prepare_documents
-    from fmcore.planning.steps import stage_steps, tokenizer_of
-    from fmcore.recipes.load import parse_recipe
-    from fmcore.tokens.tokenize import tokenize_documents
-
-    folder = tmp_path_factory.mktemp("prepared")
-    given = tiny.pretrain(
-        corpora["old"], train={"tokens": STEPS * 256},
-        execution={"save_interval_s": 0.2, "grace_s": GRACE_S, "retries": 0},
-    )  # fmt: skip
-    (folder / "recipe.json").write_text(json.dumps(given))
-    recipe, store = parse_recipe(given), Store(folder / "home")
-    steps = stage_steps(recipe, None, store.digests)
-    documents = prepare_documents(steps.documents, recipe.data, None, store)
-    tokenize_documents(steps.shards, documents, tokenizer_of(recipe), None, store)
-    return Case(folder / "home", folder / "recipe.json")
+    execution = {"save_interval_s": 0.2, "grace_s": GRACE_S, "retries": 0}
+    given = tiny.pretrain(corpora["old"], train={"tokens": STEPS * 256}, execution=execution)
+    return prepare(tmp_path_factory.mktemp("prepared"), given)
 
 
 @pytest.fixture
 def case(prepared: Case, tmp_path: Path) -> Case:
-    return Case(Path(shutil.copytree(prepared.home, tmp_path / "home")), prepared.recipe)
-
-
-def driver_of(case: Case, log: Path) -> subprocess.Popen:
-    with log.open("ab") as sink:
-        return subprocess.Popen(
-            [sys.executable, str(DRIVER), str(case.home), str(case.recipe)], stdout=sink, stderr=subprocess.STDOUT
-        )
-
-
-def child_of(driver: subprocess.Popen) -> psutil.Process | None:
-    try:
-        found = psutil.Process(driver.pid).children()
-    except psutil.NoSuchProcess:
-        return None
-    return next((p for p in found if "fmcore.training.child" in p.cmdline()), None)
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.01)
-    raise AssertionError(f"{what} took over {PATIENCE_S} s")
-
-
-@contextmanager
-def training(case: Case, log: Path, *, until: int) -> Iterator[tuple[subprocess.Popen, psutil.Process]]:
-    """Driver and child, once the child has gone `until` steps (-1: as soon as it was started)."""
-    before = case.steps_done()
-    driver = driver_of(case, log)
-    try:
-        child = wait_for(lambda: child_of(driver), "starting the child")
-        if until >= 0:
-            wait_for(lambda: case.steps_done() >= max(until, before + 1) or driver.poll() is not None, "training")
-        yield driver, child
-    finally:
-        if driver.poll() is None:
-            driver.kill()
-        driver.wait()
-
-
-def gone(process: psutil.Process) -> bool:
-    """Ended; a zombie that nobody reaps in this container counts as ended."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    return copy_of(prepared, tmp_path)
 
 
 def disturb(case: Case, log: Path, how: str, until: int, delay: float) -> None:
@@ -143,28 +65,10 @@ def disturb(case: Case, log: Path, how: str, until: int, delay: float) -> None:
         wait_for(lambda: gone(child), "the child's end")
 
 
-def result(case: Case) -> dict[str, Any]:
-    """All that has to be the same."""
-    folder = case.folder()
-    assert folder is not None
-    assert folder.suffix != ".partial"
-    digests = {
-        path.relative_to(folder).as_posix(): sha256_file(path)
-        for part in ("final", "stable", "ledger", "seen")
-        for path in sorted((folder / part).rglob("*"))
-        # seconds spent are part of stable's state, and so of its manifest
-        if path.is_file() and path.name not in ("state.json", "manifest.json")
-    }
-    rows = [{key: row[key] for key in row if key not in ("time", "tokens_per_sec")} for row in
-            read_metrics(folder / "metrics.jsonl")]  # fmt: skip
-    state = json.loads((folder / "stable" / "state.json").read_text())
-    return {"digests": digests, "rows": rows, "stable": {**state, "seconds": None, "effort": None}}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    case = Case(Path(shutil.copytree(prepared.home, folder / "home")), prepared.recipe)
+    case = copy_of(prepared, folder)
     assert driver_of(case, folder / "log").wait(PATIENCE_S) == 0, (folder / "log").read_text()
     made = result(case)
     assert [row["step"] for row in made["rows"]] == list(range(1, STEPS + 1))
@@ -172,12 +76,6 @@ def undisturbed(prepared: Case, tmp_path_factory: pytest.TempPathFactory) -> dic
         made["digests"]
     )
     return made
-
-
-def finish(case: Case, log: Path) -> dict[str, Any]:
-    driver = driver_of(case, log)
-    assert driver.wait(PATIENCE_S) == 0, log.read_text()
-    return result(case)
 
 
 def test_killed_twice_it_ends_in_the_same_bits(case: Case, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
@@ -217,11 +115,7 @@ def test_sigterm_to_the_parent_saves_and_leaves_nobody(case: Case, tmp_path: Pat
 def test_five_random_moments(case: Case, tmp_path: Path, undisturbed: dict[str, Any], interval: float) -> None:
     """Child, parent, both, a SIGTERM, and one that comes while the child still imports. interval 0 saves after
     every step, so that most moments fall into a save."""
-    changed = json.loads(case.recipe.read_text())
-    changed["execution"]["save_interval_s"] = interval
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(changed))
-    case, log = Case(case.home, recipe), tmp_path / "log"
+    case, log = copy_of(case, tmp_path, save_interval_s=interval), tmp_path / "log"
     hows = random.sample(["child", "parent", "both", "term"], 4)
     steps = sorted(random.sample(range(5, STEPS // 2), 4))
     moments = [

@@ -3,6 +3,7 @@
 import errno
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ class Gate:
         self.opened = threading.Event()
         write = saving.write_latest
 
-        def held(latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int) -> None:
+        def held(*given: Any) -> None:
             assert self.opened.wait(60)
-            write(latest, snapshot, state, anchor_steps)
+            write(*given)
 
         monkeypatch.setattr(saving, "write_latest", held)
 
@@ -95,7 +96,7 @@ def test_a_state_that_cannot_be_written_is_told_in_the_training_thread(
     saver.save_latest(state(1))
     saver.wait()
 
-    def full(self: Snapshot, folder: Path) -> None:
+    def full(self: Snapshot, folder: Path, part: str) -> None:
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError(number, "the disk says no")
 

@@ -1,0 +1,135 @@
+"""The processes that train one model together. One alone runs the same program, without the others."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from fmcore.model.build import decoder_of
+from fmcore.process.guard import TORCHRUN_VARIABLE
+from fmcore.process.launch import MEETING
+from fmcore.training.loss import StepModel
+
+T = TypeVar("T")
+
+
+class Processes:
+    """What one process knows of the others, and how they add up, share and wait.
+
+    rank: of this one, from 0; world: how many there are; device: what this one computes on.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.device = device
+        self.rank = rank
+        self.world = world
+        # of the thread that writes states, whose talk must not come between two collectives of training
+        self._saving = dist.new_group(backend="gloo") if world > 1 else None
+
+    @classmethod
+    def join(cls, device: str, folder: Path, timeout_s: float) -> "Processes":
+        """Meet the others that torchrun has started, if it has.
+
+        device: auto, cpu or cuda. timeout_s: after which a process that does not answer is an error.
+        """
+        place = pick_device(device)
+        if TORCHRUN_VARIABLE not in os.environ:
+            return cls(place)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
+        alone = os.environ["GROUP_WORLD_SIZE"] == "1"
+        if alone and sys.platform == "linux":
+            for library in ("GLOO", "NCCL"):  # on one machine nothing need listen to the network
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+            init_method=f"file://{folder / MEETING / 'workers'}" if alone else "env://",
+            rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
+        return cls(place, rank, world)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes what is written once, and speaks for all."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all."""
+        if self.is_first:
+            print(line, flush=True)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over all processes; everyone gets the same bits."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What everyone's work comes to, by rank; where one cannot write or read, all raise its error.
+
+        By a group of its own, for the thread that writes states; training asks for it only while that one rests.
+        """
+        if self.world == 1:
+            return [work()]
+        outcome: tuple[T | None, str | OSError] = (None, "")
+        try:
+            outcome = (work(), "")
+        except OSError as error:
+            outcome = (None, error)
+        except SafetensorError as error:  # which cannot be sent
+            outcome = (None, OSError(str(error)))
+        outcomes: list[Any] = [None] * self.world
+        dist.all_gather_object(outcomes, outcome, group=self._saving)
+        for _, problem in outcomes:
+            if problem:
+                raise problem
+        return [result for result, _ in outcomes]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the first one's work comes to, for all."""
+        return cast(T, self.each(lambda: work() if self.is_first else None)[0])
+
+    def shard(self, step: StepModel) -> None:
+        """Spread parameters, gradients and optimizer state over all processes (FSDP2), a decoder layer at a time."""
+        if self.world == 1:
+            return
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for module in (*_layers(step), step):
+            fully_shard(module, mesh=mesh)
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by the labels of all: add, not average,
+            module.set_force_sum_reduction_for_comms(True)  # and by a plain sum, which gloo has
+
+    def leave(self) -> None:
+        """Part from the others, once all have come so far: torchrun ends all when one ends early."""
+        if self.world > 1:
+            self.first(lambda: None)
+            dist.destroy_process_group()
+
+
+ALONE = Processes(torch.device("cpu"))
+
+
+def _layers(step: StepModel) -> list[torch.nn.Module]:
+    """The decoder's layers: the longest list of modules in it."""
+    lists = [child for child in decoder_of(step.model).children() if isinstance(child, torch.nn.ModuleList)]
+    return list(max(lists, key=len, default=()))
+
+
+def pick_device(device: str) -> torch.device:
+    """auto takes a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
