@@ -4,7 +4,9 @@
 
 Every training runs in a process of its own, with a training process below it as in `strata run`; arms are
 interleaved, in another order each time, and compared with the run without tracking of the same repeat. Step
-times are those that the training itself wrote into metrics.jsonl, the first WARMUP apart. After each run `strata
+times are those that the training itself wrote into metrics.jsonl, the first WARMUP apart; where a machine is shared
+they vary by more than tracking costs, so the CPU seconds of the process that sends and of the server are counted,
+too. After each run `strata
 sync` completes it on the live server, and every row is compared with what that server says it has. Prints a table
 in markdown.
 """
@@ -26,6 +28,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -81,6 +85,7 @@ def _stage(home: Path, given: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 def train(home: Path, given: dict[str, Any], uri: str) -> None:
     """One run, as flow and tasks do it without Prefect around; uri: empty = without tracking."""
     began = time.perf_counter()
+    used = time.process_time()  # without the training, which is a process of its own
     workspace, parsed, stage, store = _stage(home, given)
     from fmcore.artifacts.types import Documents, TokenShards
     from fmcore.training.train import train_checkpoint
@@ -111,10 +116,10 @@ def train(home: Path, given: dict[str, Any], uri: str) -> None:
         checkpoint = train_checkpoint(stage.steps.checkpoint, shards, parsed, None, store, watch=watch, **quiet)
         tracking.log(lambda run: log_checkpoint(run, checkpoint))
         tracking.finish("FINISHED")
-    print(json.dumps({"wall": time.perf_counter() - began}))
+    print(json.dumps({"wall": time.perf_counter() - began, "cpu": time.process_time() - used}))
 
 
-def measure(arm: str, prepared: Path, folder: Path, given: Path, live: str) -> dict[str, float]:
+def measure(arm: str, prepared: Path, folder: Path, given: Path, live: str, server_pid: int) -> dict[str, float]:
     """Run one arm in a process of its own, then sync and count."""
     from faulty_server import FaultyServer
 
@@ -126,17 +131,26 @@ def measure(arm: str, prepared: Path, folder: Path, given: Path, live: str) -> d
         killer = threading.Thread(target=_cut_midway, args=(server, home), daemon=True)
         if arm == "dies midway":
             killer.start()
+        before = _cpu_seconds(server_pid)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
+    served = _cpu_seconds(server_pid) - before
     [metrics] = home.glob("artifacts/checkpoint/*/metrics.jsonl")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     batch_tokens = json.loads(given.read_text())["train"]["batch_tokens"]
     seconds = [batch_tokens / row["tokens_per_sec"] for row in rows]
-    wall = json.loads(done.stdout.splitlines()[-1])["wall"]
+    spent = json.loads(done.stdout.splitlines()[-1])
     return {
         "median": statistics.median(seconds[WARMUP:]), "mean": statistics.mean(seconds[WARMUP:]),
-        "outside": wall - sum(seconds), "rows": len(rows),
+        "outside": spent["wall"] - sum(seconds), "rows": len(rows), "sender": spent["cpu"], "server": served,
+        "steps": sum(seconds),
         **(_synced(home, live, rows) if arm != "none" else {}),
     }  # fmt: skip
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process and its children."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in family)
 
 
 def _cut_midway(server: Any, home: Path) -> None:
@@ -177,8 +191,8 @@ def _synced(home: Path, live: str, rows: list[dict[str, Any]]) -> dict[str, floa
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A real server on a database of its own."""
+def mlflow_server(folder: Path, port: int) -> Iterator[tuple[str, int]]:
+    """A real server on a database of its own: its address and process."""
     command = [
         sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
@@ -194,7 +208,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.3)
-        yield url
+        yield url, server.pid
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
@@ -223,14 +237,19 @@ def main() -> None:
         given = recipe(folder / "corpus.jsonl", args.steps, args.batch_tokens, args.threads)
         (folder / "recipe.json").write_text(json.dumps(given))
         prepare(folder / "prepared", given)
-        with mlflow_server(folder, args.port) as live:
+        with mlflow_server(folder, args.port) as (live, server):
             for repeat in range(args.repeats):
                 for place in range(len(arms)):
                     arm = arms[(place + repeat) % len(arms)]
                     home = folder / f"{arm.replace(' ', '-')}-{repeat}"
-                    results[arm].append(measure(arm, folder / "prepared", home, folder / "recipe.json", live))
+                    results[arm].append(measure(arm, folder / "prepared", home, folder / "recipe.json", live, server))
                     print(f"{repeat} {arm}: {results[arm][-1]}", file=sys.stderr, flush=True)
     report(results, args)
+
+
+def _cpu_share(mine: dict[str, float], none: dict[str, float]) -> float:
+    """CPU seconds that the sender took beyond those of a run without tracking, and the server, of all there were."""
+    return (mine["sender"] - none["sender"] + mine["server"] - none["server"]) / (mine["steps"] * (os.cpu_count() or 1))
 
 
 def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
@@ -244,7 +263,8 @@ def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace)
         f"{os.getloadavg()[0]:.1f}\n"
     )
     print("| server | median step | against none, median (lowest to highest) | mean step against none | rows lacking "
-          "at the end | lost after sync | wall time outside of steps |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "at the end | lost after sync | wall time outside of steps | CPU for tracking, of cores x steps' time |\n"
+          "|---|---|---|---|---|---|---|---|")  # fmt: skip
     for arm, runs in results.items():
         pairs = list(zip(runs, results["none"], strict=True))
         medians, means = ([mine[key] / none[key] for mine, none in pairs] for key in ("median", "mean"))
@@ -254,7 +274,8 @@ def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace)
             f"| {arm} | {1000 * statistics.median(run['median'] for run in runs):.2f} ms "
             f"| {statistics.median(medians):.3f} ({min(medians):.3f} to {max(medians):.3f}) "
             f"| {statistics.median(means):.3f} | {'-' if arm == 'none' else f'{missing:,} of {rows:,}'} "
-            f"| {'-' if arm == 'none' else f'{lost:,}'} | {statistics.median(run['outside'] for run in runs):.1f} s |"
+            f"| {'-' if arm == 'none' else f'{lost:,}'} | {statistics.median(run['outside'] for run in runs):.1f} s "
+            f"| {statistics.median(_cpu_share(mine, none) for mine, none in pairs):.2%} |"
         )
 
 

@@ -171,4 +171,5 @@ def _definitions(body: Iterable[ast.AST], prefix: str, function: Kind) -> Iterat
 
 def _docstring(node: Definition | ast.Module) -> str | None:
     text = normalize(ast.get_docstring(node, clean=True) or "")
-    return text if len(text) > MIN_CHARS and encodable(text) else None
+    # NUL bytes: in code that writes them unescaped into a docstring; reading a source stops at such a text
+    return text if len(text) > MIN_CHARS and encodable(text) and "\0" not in text else None

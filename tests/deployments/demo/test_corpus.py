@@ -9,7 +9,10 @@ import pytest
 from deployments.demo import corpus, docstrings, labelled
 from deployments.demo.corpus import PACKAGES, Packages, make_corpus
 from deployments.demo.docstrings import Document
+from fmcore.artifacts.store import Store
+from fmcore.data.prepare import prepare_documents
 from fmcore.errors import DataError
+from fmcore.planning.steps import stage_steps
 from fmcore.recipes.load import load_recipe
 from fmcore.recipes.stages import LifecycleRecipe
 
@@ -117,6 +120,7 @@ def test_broken_files_short_docstrings_tests_and_surrogates_are_left_out(install
             "nul.py": f'"""{long}"""\n\0',
             "short.py": '"""Says little."""\n',
             "surrogate.py": f'"""{long} \\ud800"""\n',
+            "escaped.py": f'"""{long} \\0"""\n',
             "tests/test_it.py": f'"""{long}"""\n',
         },
     )
@@ -303,6 +307,20 @@ def test_no_package_is_in_two_files_and_every_library_can_be_in_the_base(size: c
     names = [name for group in PACKAGES[size] for name in group]
     assert len(names) == len(set(names))
     assert set(labelled.LIBRARIES) <= set(PACKAGES["full"].base)
+
+
+@pytest.mark.slow
+def test_what_is_installed_here_makes_a_corpus_that_is_read_to_its_end(tmp_path: Path) -> None:
+    """Whatever the packages of the day have in their docstrings, the demo does not stop at it."""
+    make_corpus(tmp_path, size="full")
+    given = load_recipe(DEMO / "demo.yaml", folder=tmp_path)
+    assert isinstance(given, LifecycleRecipe)
+    base = given.pretrain_recipe()
+    store = Store(tmp_path / "home")
+    documents = prepare_documents(stage_steps(base, None, store.digests).documents, base.data, None, store)
+    assert documents.num_train > 10_000
+    for made in ("corpus/tomorrow.jsonl", "tasks/library.jsonl", "tasks/kind.jsonl"):
+        assert not [line for line in _lines(tmp_path / made) if any("\0" in str(value) for value in line.values())]
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "demo-fast.yaml"])
