@@ -83,6 +83,19 @@ def run(
 
 
 @app.command()
+def join(recipe: RecipeFile, set_: Overrides = None) -> None:
+    """Train on this machine too what `strata run` of the same recipe trains on another, in a home they share.
+
+    The recipe says execution.nodes and execution.rendezvous; stopping one machine stops all, after saving.
+
+    Example: strata join recipes/plays.yaml
+    """
+    from deployments.joining import join_recipe
+
+    join_recipe(_load(recipe, set_, rehash=False), console)
+
+
+@app.command()
 def init(
     kind: Annotated[str, typer.Argument(help="pretrain, finetune or continue-pretrain.", show_default=False)],
     data: Annotated[

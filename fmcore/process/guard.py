@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from fmcore.errors import StrataError
-from fmcore.process.launch import ERROR, EXIT_INTERRUPTED, EXIT_REFUSED, PARENT_VARIABLE, STOPPED
+from fmcore.process.launch import ERROR, EXIT_INTERRUPTED, EXIT_REFUSED, HEARTBEAT, PARENT_VARIABLE, STOPPED
 from fmcore.redaction import Redacted
 
 WATCH_SECONDS = 0.5
@@ -68,7 +68,7 @@ class Heartbeat:
     """Touches a file; the parent takes silence for a hang."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "heartbeat"
+        self._path = folder / HEARTBEAT
 
     def beat(self) -> None:
         """Show that we live."""

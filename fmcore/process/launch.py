@@ -21,6 +21,7 @@ from fmcore.redaction import without_credentials
 
 POLL_SECONDS = 0.2
 PARENT_VARIABLE = "STRATA_PARENT_PID"  # a parent that dies while the child still imports must be missed, too
+HEARTBEAT = "heartbeat"  # in the folder of the spec: touched by a child that lives
 ERROR = "error.txt"  # in the folder of the spec: what is wrong, where a child refuses
 STOPPED = "stopped"  # in the folder of the spec: several processes saved on request
 LAYOUT = "layout.json"  # in the folder of the spec: which processes torchrun's agent starts
@@ -63,14 +64,17 @@ class Child:
     """One child process in a working folder that holds spec.json, log.txt, heartbeat and error.txt.
 
     lock: a descriptor that the child inherits, so that the artifact stays locked while it lives. layout: of several
-    processes the child is torchrun's agent, and they are its children.
+    processes the child is torchrun's agent, and they are its children. log: where a child that joins what another
+    machine has begun writes; that one's files in the folder it leaves alone.
     """
 
     def __init__(
         self, module: str, folder: Path, *, lock: int, grace_s: float, hang_timeout_s: float, threads: int,
-        layout: Layout = Layout(),
+        layout: Layout = Layout(), log: Path | None = None,
     ) -> None:  # fmt: skip
         self._layout = layout
+        self._joins = log is not None
+        self._log = log or folder / "log.txt"
         self._workers: dict[int, psutil.Process] = {}
         self._module = module
         self._folder = folder
@@ -81,16 +85,16 @@ class Child:
 
     def run(self, *, on_line: Callable[[str], None], on_poll: Callable[[], None] = lambda: None) -> None:
         """Run to the end. Raises Interrupted, TrainingError, or whatever stopped the caller meanwhile."""
-        log = self._folder / "log.txt"
-        _end_leftovers(self._folder / "spec.json")
-        for name in (ERROR, STOPPED):
-            (self._folder / name).unlink(missing_ok=True)
-        with log.open("ab") as sink:
+        if not self._joins:
+            _end_leftovers(self._folder / "spec.json")
+            for name in (ERROR, STOPPED):
+                (self._folder / name).unlink(missing_ok=True)
+        with self._log.open("ab") as sink:
             offset = sink.tell()
-            heartbeat = self._folder / "heartbeat"
+            heartbeat = self._folder / HEARTBEAT
             heartbeat.touch()
             process: subprocess.Popen | None = None
-            tail = _Tail(log, offset, on_line)
+            tail = _Tail(self._log, offset, on_line)
             try:
                 process = subprocess.Popen(
                     self._command(),
@@ -115,8 +119,10 @@ class Child:
         if self._layout.world == 1:
             return [*python, self._module, spec]
         layout = self._folder / LAYOUT
-        write_json(layout, asdict(self._layout))
-        return [*python, "fmcore.process.agent", str(layout), self._module, spec]
+        if not self._joins:
+            write_json(layout, asdict(self._layout))
+        role = "joins" if self._joins else "begins"
+        return [*python, "fmcore.process.agent", str(layout), self._module, spec, role]
 
     def _watch(self, process: subprocess.Popen, heartbeat: Path, tail: "_Tail", on_poll: Callable[[], None]) -> None:
         while process.poll() is None:
@@ -124,8 +130,15 @@ class Child:
             self._note_workers(process)
             tail.read()
             on_poll()
-            if time.time() - heartbeat.stat().st_mtime > self._hang_timeout_s:
+            if self._silence(heartbeat) > self._hang_timeout_s:
                 self._kill_hung(process)
+
+    def _silence(self, heartbeat: Path) -> float:
+        """Seconds since the last heartbeat; none where the machine that began has put the result in its place."""
+        try:
+            return time.time() - heartbeat.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def _stop(self, process: subprocess.Popen) -> None:
         """Ask the child to save and go, then make it and its workers go."""
@@ -167,9 +180,7 @@ class Child:
             raise TrainingRefused((self._folder / ERROR).read_text().strip())
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         end = "\n".join(last_lines[-12:])
-        raise TrainingError(
-            f"the process {self._module} ended with {cause}; its log is {self._folder / 'log.txt'}:\n{end}"
-        )
+        raise TrainingError(f"the process {self._module} ended with {cause}; its log is {self._log}:\n{end}")
 
 
 class TrainingRefused(TrainingError):

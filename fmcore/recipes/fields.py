@@ -321,7 +321,7 @@ class Execution(Block):
     )
     nodes: int = Field(1, ge=1, description="Machines that train together; on the others, run `strata join`.")
     rendezvous: str = Field(
-        "", description="Where several nodes meet: host:port of one of them, as for torchrun; needs a shared home."
+        "", description="Where several nodes meet: host:port of the one that runs `strata run`. They share the home."
     )
     threads: int = Field(
         0, ge=0, description="CPU threads of each process; 0 = the cores, shared out. A resumed run keeps its own."
@@ -345,7 +345,7 @@ class Execution(Block):
         if self.rendezvous and not re.fullmatch(r"\S+:\d{1,5}", self.rendezvous):
             raise ValueError(f"rendezvous: expected host:port, as in 10.0.0.1:29400, given {self.rendezvous!r}")
         if self.nodes > 1 and not self.rendezvous:
-            raise ValueError(f"nodes is {self.nodes}: set rendezvous, host:port of a node that the others reach")
+            raise ValueError(f"nodes is {self.nodes}: set rendezvous, host:port of the machine that runs `strata run`")
         return self
 
 

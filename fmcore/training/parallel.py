@@ -1,7 +1,6 @@
 """The processes that train one model together. One alone runs the same program, without the others."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -48,9 +47,6 @@ class Processes:
             place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(place)
         alone = os.environ["GROUP_WORLD_SIZE"] == "1"
-        if alone and sys.platform == "linux":
-            for library in ("GLOO", "NCCL"):  # on one machine nothing need listen to the network
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             init_method=f"file://{folder / MEETING / 'workers'}" if alone else "env://",

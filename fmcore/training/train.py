@@ -4,7 +4,9 @@ Turns a stage's recipe into the spec of one training, and runs it in a process o
 the spec alone: where the weights come from, which pools of samples are drawn, which rate.
 """
 
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, RegisteredModel, TokenShards
-from fmcore.errors import DataError, RecipeError, StoreError, TrainingError
+from fmcore.errors import DataError, Interrupted, RecipeError, StoreError, TrainingError
 from fmcore.model.importing import origin_of
 from fmcore.model.outside import Origin
 from fmcore.model.presets import model_fields
@@ -35,6 +37,7 @@ CODE_VERSION = 1
 REWARM_FRACTION = 0.01  # of the steps, where no stable checkpoint can be reached (Ibrahim et al. 2024)
 IMPORTED_LR = 1e-4  # what an imported model was trained at is not known; low, for it has decayed already
 IMPORTED_BATCH_TOKENS = 8192
+JOIN_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,42 @@ def _run_with_retries(
             if attempt == execution.retries:
                 raise
             on_line(f"attempt {attempt + 1} failed, going on from the last saved state, if there is one: {error}")
+
+
+def join_training(step: Step, execution: Execution, store: Store, *, on_line: Callable[[str], None], log: Path) -> None:
+    """Take part in a training that another machine has begun, or will begin, in the same home, until it is done.
+
+    log: of this machine's processes. Raises Interrupted where the training was stopped, TrainingRefused where
+    it cannot be done.
+    """
+    waiting = ""
+    while store.find(step, Checkpoint) is None:
+        folder = store.partial_of(step.fingerprint, Checkpoint)
+        if folder is None or not (folder / LAYOUT).exists():
+            if waiting != (waiting := f"waiting for a machine to begin the training of {step.name}"):
+                on_line(waiting)
+            time.sleep(JOIN_POLL_S)
+            continue
+        waiting = ""
+        try:
+            _join(folder, execution, on_line, log)
+        except (Interrupted, TrainingRefused):
+            raise
+        except TrainingError as error:
+            on_line(f"this machine's part ended, joining again: {error}")
+            time.sleep(JOIN_POLL_S)
+
+
+def _join(folder: Path, execution: Execution, on_line: Callable[[str], None], log: Path) -> None:
+    lock = os.open(os.devnull, os.O_RDONLY)  # the machine that began holds the artifact's
+    try:
+        Child(
+            "fmcore.training.child", folder, lock=lock, grace_s=execution.grace_s,
+            hang_timeout_s=execution.hang_timeout_s, threads=execution.threads,
+            layout=_layout(folder / "latest", execution), log=log,
+        ).run(on_line=on_line)  # fmt: skip
+    finally:
+        os.close(lock)
 
 
 def _layout(latest: Path, execution: Execution) -> Layout:

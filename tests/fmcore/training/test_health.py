@@ -17,7 +17,7 @@ from fmcore.artifacts.files import read_json
 from fmcore.data.ledger import Ledger
 from fmcore.errors import TrainingError
 from fmcore.process.launch import TrainingRefused
-from fmcore.training import loop
+from fmcore.training import loop, loss
 from fmcore.training.batches import Batches
 from fmcore.training.health import MIN_STEPS, WINDOW, Health
 
@@ -76,13 +76,13 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]]
     """Lets a function of the number of the call (one micro-batch a step here) multiply the loss."""
 
     def install(factor: Callable[[int], float]) -> list[int]:
-        whole, calls = loop.next_token_loss, []
+        whole, calls = loss.next_token_loss, []
 
         def changed(*given: Any) -> torch.Tensor:
             calls.append(len(calls))
             return whole(*given) * factor(calls[-1])
 
-        monkeypatch.setattr(loop, "next_token_loss", changed)
+        monkeypatch.setattr(loss, "next_token_loss", changed)
         return calls
 
     return install
@@ -162,7 +162,7 @@ def test_killed_after_going_back_it_ends_in_the_same_bits(
     spec = fresh_home.spec(recipe)
     order = Batches(spec, pad_id=2)
     bad = {order.at(step).input_ids.numpy().tobytes() for step in range(12, 16)}
-    whole = loop.next_token_loss
+    whole = loss.next_token_loss
     current: list[bytes] = []
 
     class Watched(Batches):
@@ -172,7 +172,7 @@ def test_killed_after_going_back_it_ends_in_the_same_bits(
             return batch
 
     monkeypatch.setattr("fmcore.training.child.Batches", Watched)
-    monkeypatch.setattr(loop, "next_token_loss", lambda *g: whole(*g) * (math.nan if current[0] in bad else 1.0))
+    monkeypatch.setattr(loss, "next_token_loss", lambda *g: whole(*g) * (math.nan if current[0] in bad else 1.0))
     first = fresh_home.train(recipe)
     weights = load_file(first.final / "model.safetensors")
     state_kept = read_json(first.path / "spec.json")

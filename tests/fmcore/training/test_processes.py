@@ -92,7 +92,10 @@ def test_two_train_as_one_and_what_they_write_opens_with_transformers(
     assert not (folder / "meeting").exists()
 
 
-@pytest.mark.parametrize("how", ["worker", "agent", "parent", "all"])
+@pytest.mark.parametrize(
+    "how",
+    ["worker", *(pytest.param(how, marks=pytest.mark.slow) for how in ("agent", "parent", "all"))],
+)
 def test_killed_and_run_again_two_end_in_the_same_bits(prepared: Case, tmp_path: Path, how: str) -> None:
     undisturbed = finish(copy_of(prepared, tmp_path / "undisturbed", processes=2), tmp_path / "log0")
     case, log = copy_of(prepared, tmp_path / "killed", processes=2, save_interval_s=0), tmp_path / "log"
@@ -114,6 +117,7 @@ def test_killed_and_run_again_two_end_in_the_same_bits(prepared: Case, tmp_path:
     assert "resuming after step" in log.read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_and_leaves_nobody(prepared: Case, tmp_path: Path) -> None:
     case, log = copy_of(prepared, tmp_path, processes=2, save_interval_s=1000), tmp_path / "log"
     with training(case, log, until=5) as (driver, agent):
@@ -174,6 +178,7 @@ def test_without_the_optimizer_state_they_would_not(prepared: Case, tmp_path: Pa
     assert max(abs(a - b) for a, b in zip(losses(made), losses(alone), strict=True)) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_resumed_training_keeps_its_number_of_processes(prepared: Case, tmp_path: Path) -> None:
     stopped_at(copy_of(prepared, tmp_path, processes=2), tmp_path / "log", until=5)
     with training(copy_of(prepared, tmp_path, processes=0), tmp_path / "log", until=15) as (_, agent):
@@ -181,6 +186,7 @@ def test_a_resumed_training_keeps_its_number_of_processes(prepared: Case, tmp_pa
         agent.kill()
 
 
+@pytest.mark.slow
 def test_on_one_machine_nothing_listens_to_the_network(prepared: Case, tmp_path: Path) -> None:
     with training(copy_of(prepared, tmp_path, processes=2), tmp_path / "log", until=5) as (_, agent):
         for process in (agent, *workers_of(agent)):
@@ -191,6 +197,7 @@ def test_on_one_machine_nothing_listens_to_the_network(prepared: Case, tmp_path:
             assert open_to_all == []
 
 
+@pytest.mark.slow
 def test_a_hung_process_has_all_stacks_dumped_and_the_training_goes_on(prepared: Case, tmp_path: Path) -> None:
     undisturbed = finish(copy_of(prepared, tmp_path / "undisturbed", processes=2), tmp_path / "log0")
     case = copy_of(prepared, tmp_path / "hung", processes=2, hang_timeout_s=15, retries=1, save_interval_s=0)
@@ -233,6 +240,7 @@ processes.leave()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_process_is_the_error_of_all(tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
     ranks = [
@@ -249,6 +257,7 @@ def test_a_full_disk_of_one_process_is_the_error_of_all(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "latest").iterdir()) == ["pointer.json", "step-00000001"]
 
 
+@pytest.mark.slow
 def test_lora_of_two_is_lora_of_one(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     curves, adapters = [], []
     for number in (1, 2):
