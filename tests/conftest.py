@@ -448,3 +448,35 @@ def based(tmp_path: Path, base_home: Home) -> Home:
 def fresh_home(tmp_path: Path, empty_home: Path) -> Home:
     """A home of the test's own with nothing but a database."""
     return Home(Path(shutil.copytree(empty_home, tmp_path / "home")))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server of our own; one for all, since s3fs remembers it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: str) -> Iterator[Any]:
+    """An empty bucket `data` on it; its client."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": s3_server,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="data")
+        yield client
+        for item in client.list_objects_v2(Bucket="data").get("Contents", []):
+            client.delete_object(Bucket="data", Key=item["Key"])

@@ -334,6 +334,10 @@ class Execution(Block):
         ge=0,
         description="Sequences per forward pass; 0 = about 8,192 tokens. A resumed run keeps its own.",
     )
+    mirror: str = Field(
+        "",
+        description="Folder or address (s3://...) for copies of the training state, to go on from on another machine.",
+    )
     save_interval_s: float = Field(30, ge=0, description="Seconds between two saves of the training state.")
     grace_s: float = Field(20, gt=0, description="Seconds that training has to save when it is stopped.")
     hang_timeout_s: float = Field(600, gt=0, description="Seconds without a heartbeat after which training is killed.")

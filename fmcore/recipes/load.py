@@ -51,7 +51,7 @@ SYNONYMS = {
     "test_size": "holdout",
     "stage": "kind",
 }
-PATH_FIELDS = {"path", "eval_path"}
+PATH_FIELDS = {"path", "eval_path", "mirror"}
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = (), *, folder: Path | None = None) -> Recipe:

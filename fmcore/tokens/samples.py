@@ -85,8 +85,8 @@ class RecordSamples:
         self.stream = stream
         self._seq_len = seq_len
         self._pad_id = pad_id
-        self._bins = map_array(folder / "plan_offsets.bin", INDEX_TYPE).astype(np.int64)
-        self._records = map_array(folder / "plan_records.bin", INDEX_TYPE).astype(np.int64)
+        self._bins = map_array(folder / "plan_offsets.bin", INDEX_TYPE)
+        self._records = map_array(folder / "plan_records.bin", INDEX_TYPE)
 
     def __len__(self) -> int:
         return len(self._bins) - 1
@@ -109,9 +109,12 @@ class RecordSamples:
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
         """(D,) bool: which records are in these bins."""
+        first = self._bins[indices].astype(np.int64)
+        sizes = self._bins[indices + 1].astype(np.int64) - first
+        before = np.cumsum(sizes) - sizes  # records in the bins before
+        places = np.repeat(first - before, sizes) + np.arange(sizes.sum())
         seen = np.zeros(len(self.stream.ids), dtype=bool)
-        for index in indices:
-            seen[self._records[self._bins[index] : self._bins[index + 1]]] = True
+        seen[self._records[places]] = True
         return seen
 
 

@@ -70,7 +70,7 @@ class Stream:
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self.tokens = map_array(folder / "tokens.bin", token_type(vocab_size))
-        self.offsets = map_array(folder / "offsets.bin", OFFSET_TYPE).astype(np.int64)
+        self.offsets = map_array(folder / "offsets.bin", OFFSET_TYPE).view(np.int64)  # no copy, however many there are
         self.ids = map_array(folder / "ids.bin", ID_TYPE)
         mask = folder / "mask.bin"
         self.mask = map_array(mask, np.uint8) if mask.exists() else None

@@ -28,6 +28,7 @@ from fmcore.training.loop import train
 from fmcore.training.loss import StepModel
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.metrics import MetricsLog
+from fmcore.training.mirror import Mirror
 from fmcore.training.optimizer import make_adamw
 from fmcore.training.parallel import Processes
 from fmcore.training.saving import Saver, could_not_save
@@ -51,6 +52,9 @@ def main(path: Path) -> bool:
 
 
 def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, processes: Processes) -> bool:
+    mirror = Mirror(spec.mirror, folder) if spec.mirror and processes.is_first else None
+    if mirror and mirror.pull():
+        print(f"there was no state here; fetched the copy at {spec.mirror}", flush=True)
     kept = processes.first(lambda: peek_latest(folder / "latest")) or {}
     threads = prepare_torch(kept.get("threads") or spec.threads)
     tokenizer = load_tokenizer(spec.tokenizer)
@@ -62,7 +66,7 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     processes.shard(step_model)
     optimizer = make_adamw(trained.named_parameters(), betas=spec.betas, weight_decay=spec.weight_decay)
     trainee = Trainee(trained, optimizer)
-    saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps), processes)
+    saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps), processes, mirror)
     state = load_latest(folder / "latest", trainee, processes)
     resumed = state is not None
     if state is None:
@@ -86,6 +90,7 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
     if not done:
+        saver.close()
         processes.say(f"stopped after step {state.step}, saved")
         return False
     reached = figures(state, flops, peak, processes.device)

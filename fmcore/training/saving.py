@@ -17,6 +17,7 @@ from fmcore.training.checkpoint import (
     write_latest,
     write_state,
 )
+from fmcore.training.mirror import Mirror
 from fmcore.training.parallel import ALONE, Processes
 
 Write = Callable[[Snapshot, TrainState], object]
@@ -28,7 +29,10 @@ class Saver:
     A state that could not be written raises TrainingError in the training thread, at its next call here.
     """
 
-    def __init__(self, folder: Path, trainee: Trainee, anchor_steps: int, processes: Processes = ALONE) -> None:
+    def __init__(self, folder: Path, trainee: Trainee, anchor_steps: int, processes: Processes = ALONE,
+        mirror: Mirror | None = None,
+    ) -> None:  # fmt: skip
+        self._mirror = mirror
         self._processes = processes
         self._folder = folder
         self._latest = folder / "latest"
@@ -52,6 +56,8 @@ class Saver:
 
     def _write_latest(self, snapshot: Snapshot, state: TrainState) -> None:
         write_latest(self._latest, snapshot, state, self._anchor_steps, self._processes)
+        if self._mirror is not None:
+            self._mirror.push_soon()
 
     def save_stable(self, state: TrainState) -> None:
         """Begin to write the state that continuous pre-training will start from."""
@@ -80,6 +86,12 @@ class Saver:
             self._writer = None
         if self._error is not None:
             raise TrainingError(could_not_save(self._error, self._folder)) from self._error
+
+    def close(self) -> None:
+        """Return when all is written, and copied where copies are kept. Raises TrainingError."""
+        self.wait()
+        if self._mirror is not None:
+            self._mirror.wait()
 
     def count_time(self, state: TrainState) -> None:
         """Add the time since the last count to what the training has cost."""

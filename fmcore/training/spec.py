@@ -44,7 +44,7 @@ class TrainSpec(_Block):
     model: config fields for fresh weights, or None to start from `weights`. optimizer: a safetensors file
     with the state to go on with. base, base_fingerprint: the parent's version, and its checkpoint's identity;
     origin: where its whole weights were imported from, if they were. num_samples: sample slots in the whole run.
-    ledger: what the starting weights have seen.
+    ledger: what the starting weights have seen. mirror: address where copies of the state go.
     """
 
     seed: int
@@ -72,3 +72,4 @@ class TrainSpec(_Block):
     micro_batch: int
     save_interval_s: float
     hang_timeout_s: float
+    mirror: str = ""

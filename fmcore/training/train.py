@@ -93,14 +93,22 @@ def train_checkpoint(
     """
     store.check(shards)
     spec = make_spec(shards, recipe, parent, store)
+    if recipe.execution.mirror:
+        address = f"{recipe.execution.mirror.rstrip('/')}/{step.fingerprint}"
+        spec = spec.model_copy(update={"mirror": address})
 
     def builder(building: Building) -> Fields:
         for warning in warnings(recipe, spec, parent, store):
             on_line(f"WARNING: {warning}")
+        used = utilization(shards, spec.seq_len)
+        if shards.form == "records":
+            on_line(f"records, packed whole, fill {used:.1%} of their rows of {spec.seq_len} tokens")
         write_json(building.path / "spec.json", spec.model_dump(mode="json"))
         with watch(building.path / METRICS, spec) as on_poll:
             _run_with_retries(building, recipe.execution, on_line, on_poll)
-        return _collect(building.path, spec)
+        made = _collect(building.path, spec, used)
+        _drop_mirror(spec.mirror, building.path, on_line)
+        return made
 
     return store.build(step, Checkpoint, builder, resumable=True, on_wait=lambda who: on_line(f"waiting for {who}"))
 
@@ -119,6 +127,17 @@ def warnings(recipe: StageRecipe, spec: TrainSpec, parent: RegisteredModel | Non
         yield f"the rate {parent.uri} was trained at is not known; train.lr is taken as {IMPORTED_LR:g}"
     if not knows_texts(store, parent):
         yield f"what {parent.uri} was trained on is not known: nothing is replayed, nothing left out as seen"
+
+
+def _drop_mirror(address: str, folder: Path, on_line: Callable[[str], None]) -> None:
+    if not address:
+        return
+    from fmcore.training.mirror import Mirror  # imports torch
+
+    try:
+        Mirror(address, folder).remove()
+    except Exception as error:  # a driver may raise anything; the training is done
+        on_line(f"WARNING: what was copied to {address} could not be removed: {error}")
 
 
 def _idle() -> None:
@@ -188,8 +207,19 @@ def _layout(latest: Path, execution: Execution) -> Layout:
     return Layout(execution.processes or max(1, found), execution.nodes, execution.rendezvous)
 
 
-def _collect(folder: Path, spec: TrainSpec) -> Fields:
+def utilization(shards: TokenShards, seq_len: int) -> float:
+    """Which share of the positions in the rows of new data are tokens; the rest is padding."""
+    rows = (
+        shards.counts["samples"].values()
+        if shards.form == "records"
+        else (num_windows(tokens, seq_len) for tokens in shards.num_tokens.values())
+    )
+    return sum(shards.num_tokens.values()) / max(1, sum(rows) * seq_len)
+
+
+def _collect(folder: Path, spec: TrainSpec, used: float) -> Fields:
     summary = read_json(folder / "summary.json")
+    summary["figures"]["utilization"] = min(1.0, used)
     for name in ("latest", "heartbeat", "summary.json", ERROR, STOPPED, LAYOUT):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -52,29 +52,6 @@ def paths(path: str) -> list[str]:
 # ---- S3
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Any]:
-    """An empty bucket `data` on an S3 server of our own; its client."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="data")
-        yield client
-    server.stop()
-
-
 @pytest.fixture
 def put(bucket: Any) -> Callable[[str, bytes], None]:
     return lambda key, body: bucket.put_object(Bucket="data", Key=key, Body=body)
