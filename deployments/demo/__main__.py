@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deployments.cli import console
 from deployments.demo.corpus import make_corpus
 from deployments.environment import prepare_environment
 from deployments.failures import report_error
@@ -160,7 +161,7 @@ def _show_next(models: list[RegisteredModel], recipe: Path, workspace: Workspace
 def main(size: Size = "full") -> None:
     """Make the corpus, run the lifecycle, show what came out. size: full (minutes) or fast."""
     try:
-        code = demo(size, Console())
+        code = demo(size, console)
     except StrataError as error:
         sys.exit(report_error(error))
     sys.exit(code)
