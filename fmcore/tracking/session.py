@@ -22,6 +22,7 @@ from fmcore.tracking.client import connect, experiment_id, probe, shown_uri, tal
 from fmcore.tracking.outage import breaker_of
 from fmcore.tracking.record import alive, begin_record, change_record, now_ms, sent_path
 from fmcore.tracking.runs import StageRun, Status, scrubbed, start_run
+from fmcore.tracking.system import SystemMetrics
 from fmcore.tracking.uploader import MetricsUploader, upload_pending
 
 logger = logging.getLogger("strata")
@@ -150,9 +151,11 @@ class StageTracking:
     def uploading(self, metrics: Path) -> Iterator[None]:
         """Send metrics.jsonl in the background while the context lasts, from when the server answers on."""
         uploader = MetricsUploader(lambda: self.send_metrics(metrics), metrics)
+        system = SystemMetrics(self.uri, lambda: self.run.run_id if self.run else None)
         try:
             yield
         finally:
+            system.close()
             uploader.close(CLOSE_SECONDS)
 
     def send_metrics(self, metrics: Path) -> None:
