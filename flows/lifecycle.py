@@ -10,6 +10,7 @@ from flows.running import end_tracking, running_pipeline
 from fmcore.artifacts.files import canonical_json, sha256_text
 from fmcore.artifacts.types import ACCEPTED, RegisteredModel
 from fmcore.recipes.stages import LifecycleRecipe
+from tasks.context import logger
 
 
 @flow(name="lifecycle", flow_run_name=run_name, validate_parameters=False, on_crashed=[end_tracking])
@@ -28,6 +29,8 @@ def lifecycle(recipe: LifecycleRecipe) -> list[RegisteredModel]:
         tuned = finetune(recipe.finetune_recipe(parent=base.uri))
         newer = continue_pretrain(recipe.continue_recipe(parent=base.uri))
         if newer is None or newer.verdict not in ACCEPTED:
+            why = f"{newer.uri} is {newer.verdict}" if newer else "there is no new data"
+            logger.warning("not fine-tuned again: %s, so %s stays on %s", why, tuned.uri, base.uri)
             return [model for model in (base, tuned, newer) if model]
         return [base, tuned, newer, finetune(recipe.finetune_recipe(parent=newer.uri))]
 

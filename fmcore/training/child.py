@@ -89,8 +89,8 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
             done = train(spec, step_model, trainee, batches, state, saver, log, stop, heartbeat, processes)
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
+    saver.close()  # a copy that is on its way must not come after what is done has had its copies removed
     if not done:
-        saver.close()
         processes.say(f"stopped after step {state.step}, saved")
         return False
     [again] = processes.sum([measure_peak(processes.device)])  # the better one: other work may have slowed either
