@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from fmcore.training.checkpoint import peek_latest
 from tests.resuming import DRIVER, GRACE_S, PATIENCE_S, Case, copy_of, finish, prepare, result, wait_for
 
-STEPS = 60
+STEPS = 120
 TOLERANCE = 1e-5  # of the loss: sums in another order
 EXECUTION = {"save_interval_s": 0.5, "grace_s": GRACE_S, "retries": 0, "threads": 1}
 pytestmark = pytest.mark.slow
@@ -37,6 +38,12 @@ def alone(prepared: Case, tmp_path_factory: pytest.TempPathFactory) -> list[floa
 
 def losses(made: dict[str, Any]) -> list[float]:
     return [row["loss"] for row in made["rows"]]
+
+
+def saved_steps(case: Case) -> int:
+    """The step of the newest state that a training can go on from; 0 before the first one after its start."""
+    folder = case.folder()
+    return int((peek_latest(folder / "latest") or {}).get("step", 0)) if folder else 0
 
 
 def start(command: list[str], home: Path, log: Path, machine: list[str] | None = None) -> subprocess.Popen:
@@ -145,7 +152,7 @@ def test_a_cut_link_is_survived(
     log, other_log = tmp_path / "log", tmp_path / "other"
     driver, other = driver_on(case, log, first), join_on(case, other_log, second)
     try:
-        wait_for(lambda: case.steps_done() >= 10 or driver.poll() is not None, "training")
+        wait_for(lambda: saved_steps(case) or driver.poll() is not None, "training and saving")
         set_link(second, "down")
         time.sleep(1)
         reached = case.steps_done()
