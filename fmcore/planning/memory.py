@@ -13,7 +13,7 @@ from fmcore.planning.shape import Shape, block_sizes
 
 FLOAT_BYTES = 4
 BASE_BYTES = 424e6  # Python with torch (CPU), transformers and peft imported, before any tensor
-MICRO_TOKENS = 8192  # of a micro-batch that is chosen for you, as fmcore.training.child does
+MICRO_TOKENS = 2048  # of a micro-batch that is chosen for you, as fmcore.training.child does
 COPIED_BYTES = 16  # per trained parameter: 4 when clipping, 4 of the weights and 8 of the moments when saving
 # floats of a Llama-like block per token, of the width and of the inner width: what the backward pass needs, and
 # what the allocator keeps besides; fitted to benchmarks/training_memory.py. The mask takes seq_len more
@@ -21,8 +21,8 @@ WIDTHS_PER_LAYER = 19
 INNERS_PER_LAYER = 6
 # widths outside the blocks, per token: embedding, last norm, hidden states and their gradient
 WIDTHS_OUTSIDE = 6
-LOGITS_ROWS = 512  # rows of logits that exist at once (fmcore.training.loss) ...
-LOGITS_COPIES = 3  # ... as logits, their exponentials, and what the sum over them needs
+LOGITS_ROWS = 256  # rows of logits that exist at once (fmcore.training.loss) ...
+LOGITS_COPIES = 2  # ... as logits, and as their gradient
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fmcore.model.build import decoder_of
 from fmcore.tokens.samples import IGNORE
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -25,31 +25,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_head = torch.zeros_like(head) if need_head else None  # the head's gradient only where it is trained
-        total = hidden.new_zeros(())
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # of what comes out of bf16 products
+        total = hidden.new_zeros((), dtype=exact)
+        # (R, V), used again for every chunk: fresh memory of this size costs more than the arithmetic
+        logits = hidden.new_empty(min(CHUNK_ROWS, len(hidden)), len(head))
+        log_probs = torch.empty_like(logits, dtype=exact)
+        weight = head.to(hidden.dtype)
         for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            logits = hidden[rows] @ head.T  # (R, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            picked = logits.gather(-1, labels[rows, None])
-            total += (log_sum - picked).sum()
+            rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
+            torch.mm(rows, weight.T, out=logits[: len(rows)])
+            torch.log_softmax(logits[: len(rows)], -1, exact, out=log_probs[: len(rows)])
+            total -= log_probs[: len(rows)].gather(-1, targets).sum()
             if not (need_hidden or need_head):
                 continue
-            grad = logits.sub_(log_sum).exp_()  # softmax, in place
-            grad.scatter_add_(-1, labels[rows, None], torch.full_like(picked, -1.0))
-            grad.div_(denominator)
+            grad = log_probs[: len(rows)].exp_()  # softmax, in place
+            grad.scatter_add_(-1, targets, grad.new_full(targets.shape, -1.0))
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head
+                torch.mm(grad, weight, out=grad_hidden[start : start + CHUNK_ROWS])
             if grad_head is not None:
-                grad_head.addmm_(grad.T, hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_head)
+                if grad_head.dtype == rows.dtype:
+                    grad_head.addmm_(grad.T, rows)
+                else:  # bf16 products, added up in fp32
+                    grad_head += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_head, total.new_tensor(1.0 / denominator))
         return total / denominator
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        grad_hidden, grad_head = ctx.saved_tensors
+        grad_hidden, grad_head, scale = ctx.saved_tensors
+        scale = upstream * scale
         return (
-            grad_hidden * upstream if grad_hidden is not None else None,
-            grad_head * upstream if grad_head is not None else None,
+            (grad_hidden * scale).to(grad_hidden.dtype) if grad_hidden is not None else None,
+            grad_head * scale if grad_head is not None else None,
             None,
             None,
         )

@@ -33,7 +33,7 @@ from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.schedule import Schedule
 from fmcore.training.spec import Member, PoolSpec, TrainSpec
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 REWARM_FRACTION = 0.01  # of the steps, where no stable checkpoint can be reached (Ibrahim et al. 2024)
 IMPORTED_LR = 1e-4  # what an imported model was trained at is not known; low, for it has decayed already
 IMPORTED_BATCH_TOKENS = 8192
