@@ -24,7 +24,7 @@ from fmcore.training.batches import Batches
 from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
 from fmcore.training.figures import FORMULA, count_restart, figures, flops_per_token, in_words, measure_peak
 from fmcore.training.health import anchor_interval
-from fmcore.training.loop import train
+from fmcore.training.loop import Training
 from fmcore.training.loss import StepModel
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.metrics import MetricsLog
@@ -86,7 +86,8 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
         with MetricsLog(folder / METRICS, state.step) if processes.is_first else nullcontext() as log:
             if resumed and log:
                 count_restart(state, log.lost, spec.batch_samples * spec.seq_len)
-            done = train(spec, step_model, trainee, batches, state, saver, log, stop, heartbeat, processes)
+            training = Training(spec, step_model, trainee, batches, state, saver, log, stop, heartbeat, processes)
+            done = training.run()
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
     saver.close()  # a copy that is on its way must not come after what is done has had its copies removed

@@ -1,7 +1,10 @@
-"""The training loop, for every stage: read it top to bottom."""
+"""The training loop, for every stage: read `Training.run` top to bottom."""
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -10,133 +13,191 @@ from fmcore.errors import TrainingError
 from fmcore.process.guard import Heartbeat, Stop
 from fmcore.training.batches import Batch, Batches
 from fmcore.training.checkpoint import Trainee, TrainState
-from fmcore.training.health import MAX_ROLLBACKS
-from fmcore.training.loss import StepModel
+from fmcore.training.health import MAX_ROLLBACKS, Expectation
+from fmcore.training.loss import Micro, StepModel, labelled
 from fmcore.training.metrics import MetricsLog
-from fmcore.training.parallel import Processes
+from fmcore.training.optimizer import step_unless
+from fmcore.training.parallel import OnTheWay, Processes
 from fmcore.training.saving import Saver
 from fmcore.training.spec import TrainSpec
 
 SMOOTHING = 0.95  # of the loss that progress shows
 
 
-def train(
-    spec: TrainSpec,
-    model: StepModel,
-    trainee: Trainee,
-    batches: Batches,
-    state: TrainState,
-    saver: Saver,
-    log: MetricsLog | None,
-    stop: Stop,
-    heartbeat: Heartbeat,
-    processes: Processes,
-) -> bool:
-    """Train from `state` to the end; False if stopped before it, after saving.
+class Begun(NamedTuple):
+    """A step that the device is at, or was: its number from 0, and what its outcome needs to be understood.
+
+    tokens: fed so far, this step's included. outcome: loss, gradient norm, how many processes were asked to stop,
+    whether a save is due.
+    """
+
+    number: int
+    batch: Batch
+    tokens: int
+    lr: float
+    expected: Expectation
+    outcome: OnTheWay
+    start: float
+
+
+@dataclass
+class Training:
+    """One training, from `state` to the end.
 
     Killed at any moment and started again, it ends in the same bits: the batch, the rate and the random
     state of a step follow from its number alone, and all else is in the saved state. Several processes each
     take their share of a step's rows, and decide nothing but by what they have added up; log: the first one's.
+
+    A GPU is never waited for in a step: while it is at one, the outcome of the one before is read.
     """
-    device = processes.device
-    parameters = list(trainee.parameters.values())
-    num_steps = spec.schedule.num_steps
-    last_save = time.monotonic()
-    [stopping] = processes.sum([stop.requested])
-    model.train()
 
-    while state.step < num_steps:
-        if state.step == spec.schedule.stable_step and spec.method == "full":
-            saver.save_stable(state)
-        if stopping:
-            saver.save_latest(state)
-            saver.wait()
-            return False
+    spec: TrainSpec
+    model: StepModel
+    trainee: Trainee
+    batches: Batches
+    state: TrainState
+    saver: Saver
+    log: MetricsLog | None
+    stop: Stop
+    heartbeat: Heartbeat
+    processes: Processes
+    trouble: str = ""  # why training has to go back
+    stopping: bool = False
+    save_due: bool = False
+    skipped: bool = False  # whether the last step was
+    last_save: float = field(default_factory=time.monotonic)
+    last_end: float = 0.0
 
-        # step
+    def run(self) -> bool:
+        """Train to the end; False if stopped before it, after saving."""
+        state, num_steps = self.state, self.spec.schedule.num_steps
+        saved: int = state.step
+        begun: Begun | None = None
+        [self.stopping] = map(bool, self.processes.sum([self.stop.requested]))
+        self.model.train()
+        while True:
+            if begun and self._has_to_know():
+                self._end_step(begun)
+                begun = None
+            if self.trouble:
+                self._go_back()
+                saved, begun = state.step, None
+
+            # save
+            if state.step == num_steps:
+                break
+            if state.step == self.spec.schedule.stable_step and self.spec.method == "full":
+                self.saver.save_stable(state)
+            if self.stopping:
+                self.saver.save_latest(state)
+                self.saver.wait()
+                return False
+            if (self.save_due or self.saver.is_anchor(state)) and not self.skipped and state.step != saved:
+                self.saver.save_latest(state)
+                saved, self.save_due, self.last_save = state.step, False, time.monotonic()
+
+            # step, and meanwhile what the one before has come to
+            following = self._begin_step(begun)
+            if begun:
+                self._end_step(begun)
+            begun = following
+        self.saver.wait()
+        self.saver.count_time(state)
+        return True
+
+    def _has_to_know(self) -> bool:
+        """Whether what comes next depends on how the last step ended. A CPU has nothing else to do meanwhile."""
+        step = self.state.step
+        return (
+            self.processes.device.type == "cpu" or self.stopping or self.save_due or self.saver.is_anchor(self.state)
+            or step in (self.spec.schedule.stable_step, self.spec.schedule.num_steps)
+        )  # fmt: skip
+
+    def _begin_step(self, before: Begun | None) -> Begun:
+        """Have the device do a step. before: what it may still be at."""
+        spec, state, processes = self.spec, self.state, self.processes
         start = time.perf_counter()
         torch.manual_seed(step_seed(spec.seed, state.step, processes.rank))
-        batch = batches.at(state.step, rank=processes.rank, world=processes.world)
+        batch = self.batches.at(state.step, rank=processes.rank, world=processes.world)
         [num_labels] = processes.sum([batch.num_labels])
-        state.effort.data_wait_s += time.perf_counter() - start
+        if before is None or before.outcome.arrived:
+            state.effort.data_wait_s += time.perf_counter() - start
         lr = spec.schedule.lr(state.step)
-        for group in trainee.optimizer.param_groups:
+        for group in self.trainee.optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=device)
-        for micro in micro_batches(batch, state.micro_batch, device):
-            part = model(micro.input_ids, micro.position_ids, micro.labels, max(1, num_labels))
+        loss = torch.zeros((), device=processes.device)
+        for micro in micro_batches(batch, state.micro_batch, processes.device):
+            part = self.model(micro, max(1, num_labels))
             part.backward()
             loss += part.detach()
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, spec.grad_clip)))
-        late = time.monotonic() - last_save >= spec.save_interval_s and not saver.busy and processes.is_first
-        value, stopping, due = processes.sum([float(loss), stop.requested, late])
-        problem = state.health.problem(value, grad_norm, spec.spike_sigma)
-        if not problem:
-            trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
-
-        # log
-        seconds = time.perf_counter() - start
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.trainee.parameters.values(), spec.grad_clip))
+        late = time.monotonic() - self.last_save >= spec.save_interval_s and not self.saver.busy and processes.is_first
+        loss, stopping, due = processes.add(loss, self.stop.requested, late)
+        expected = state.health.begin()
+        highest_loss, highest_norm = expected.limits(spec.spike_sigma)
+        may = loss.isfinite() & grad_norm.isfinite() & (loss <= highest_loss) & (grad_norm <= highest_norm)
+        step_unless(~may, self.trainee.optimizer)
+        self.trainee.optimizer.zero_grad(set_to_none=True)
+        outcome = OnTheWay(torch.stack([loss, grad_norm.to(loss), stopping, due]))
         state.step += 1
         state.tokens += batch.num_tokens
+        return Begun(state.step - 1, batch, state.tokens, lr, expected, outcome, start)
+
+    def _end_step(self, begun: Begun) -> None:
+        """Learn what a step has come to, and write it down."""
+        spec, state = self.spec, self.state
+        loss, grad_norm, stopping, due = begun.outcome.values()
+        problem = begun.expected.problem(loss, grad_norm, spec.spike_sigma)
+        now = time.perf_counter()
+        seconds = now - max(begun.start, self.last_end)
+        self.last_end = now
+        self.stopping, self.save_due, self.skipped = stopping > 0, due > 0, bool(problem)
         state.seconds += seconds
-        if log:
+        if self.log:
             row = {
-                "step": state.step, "tokens": state.tokens, "loss": finite(value), "lr": lr,
-                "grad_norm": finite(grad_norm), "skipped": int(bool(problem)),
-                "tokens_per_sec": batch.num_tokens / seconds, "time": time.time(), "sources": batch.sources,
+                "step": begun.number + 1, "tokens": begun.tokens,
+                "loss": finite(loss), "lr": begun.lr, "grad_norm": finite(grad_norm), "skipped": int(bool(problem)),
+                "tokens_per_sec": begun.batch.num_tokens / seconds, "time": time.time(), "sources": begun.batch.sources,
             }  # fmt: skip
-            log.write(row)
-            heartbeat.beat()
-
-        # health
+            self.log.write(row)
+            self.heartbeat.beat()
         if problem:
-            processes.say(f"WARNING: step {state.step} changes nothing: its {problem}")
-            if state.health.failed(state.step - 1, num_steps):
-                go_back(spec, batches, state, saver, log, problem, processes)
-            continue
-        state.health.passed(value, grad_norm)
+            self.processes.say(f"WARNING: step {begun.number + 1} changes nothing: its {problem}")
+            if state.health.failed(begun.number, spec.schedule.num_steps):
+                self.trouble = problem
+            return
+        state.health.passed(loss, grad_norm)
         smoothed = state.smoothed_loss
-        state.smoothed_loss = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
+        state.smoothed_loss = loss if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
 
-        # save
-        if (due or saver.is_anchor(state)) and state.step < num_steps:
-            saver.save_latest(state)
-            last_save = time.monotonic()
-    saver.wait()
-    saver.count_time(state)
-    return True
+    def _go_back(self) -> None:
+        """Make `state`, weights and optimizer those of an anchor, and leave the data since out for good.
 
-
-def go_back(
-    spec: TrainSpec, batches: Batches, state: TrainState, saver: Saver, log: MetricsLog | None, problem: str,
-    processes: Processes,
-) -> None:  # fmt: skip
-    """Make `state`, weights and optimizer those of an anchor, and leave the data since out for good.
-
-    Raises TrainingError where it was done too often, or no anchor is left.
-    """
-    tried = state.health.rollbacks
-    saved = saver.load_anchor() if tried < MAX_ROLLBACKS else None
-    if saved is None:
-        raise TrainingError(
-            f"step {state.step}: its {problem}, like those of the {state.health.in_a_row - 1} steps before it, and "
-            f"after going back {tried} times. Training cannot go on from here; lower train.lr (now "
-            f"{spec.schedule.peak_lr:g}), or look at the data of the last steps"
+        Raises TrainingError where it was done too often, or no anchor is left.
+        """
+        state = self.state
+        tried, reached = state.health.rollbacks, state.health.skipped[-1] + 1
+        saved = self.saver.load_anchor() if tried < MAX_ROLLBACKS else None
+        if saved is None:
+            raise TrainingError(
+                f"step {reached}: its {self.trouble}, like those of the {state.health.in_a_row - 1} steps before it, "
+                f"and after going back {tried} times. Training cannot go on from here; lower train.lr (now "
+                f"{self.spec.schedule.peak_lr:g}), or look at the data of the last steps"
+            )
+        self.processes.say(
+            f"WARNING: {state.health.in_a_row} steps in a row had to be skipped; going back to step {saved.step}, "
+            f"without the data of the {reached - saved.step} steps since"
         )
-    processes.say(
-        f"WARNING: {state.health.in_a_row} steps in a row had to be skipped; going back to step {saved.step}, without "
-        f"the data of the {state.step - saved.step} steps since"
-    )
-    batches.order = batches.order.without(saved.step, state.step)
-    saved.health.rollbacks = tried + 1
-    saved.health.windows = list(batches.order.windows)
-    state.effort.lost_steps += state.step - saved.step
-    if log:
-        log.go_back(saved.step)
-    state.become(saved)
-    saver.save_latest(state)
-    saver.wait()
+        self.batches.order = self.batches.order.without(saved.step, reached)
+        saved.health.rollbacks = tried + 1
+        saved.health.windows = list(self.batches.order.windows)
+        state.effort.lost_steps += reached - saved.step
+        if self.log:
+            self.log.go_back(saved.step)
+        state.become(saved)
+        self.trouble, self.skipped = "", False
+        self.saver.save_latest(state)
+        self.saver.wait()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,13 +215,17 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return (seed * 1_000_003 + step + (rank << 48)) % (1 << 63)
 
 
-def micro_batches(batch: Batch, size: int, device: torch.device) -> list[Batch]:
+def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Micro]:
     """Cut a step's rows into pieces of `size` rows, on the device."""
-    return [
-        batch._replace(
-            input_ids=batch.input_ids[i : i + size].to(device),
-            labels=batch.labels[i : i + size].to(device),
-            position_ids=batch.position_ids[i : i + size].to(device),
-        )
-        for i in range(0, len(batch.input_ids), size)
-    ]
+    for start in range(0, len(batch.input_ids), size):
+        piece = slice(start, start + size)
+        rows, targets = labelled(batch.labels[piece])
+        yield Micro(
+            on_device(batch.input_ids[piece], device), on_device(batch.position_ids[piece], device),
+            on_device(rows, device), on_device(targets, device), {},
+        )  # fmt: skip
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """There, without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

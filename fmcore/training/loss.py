@@ -4,7 +4,7 @@ The gradient is computed in the forward pass, chunk by chunk, while the chunk's 
 Wijmans et al. 2024, arXiv 2411.09009, and Liger); memory is one chunk's logits instead of the batch's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -24,8 +24,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_head = torch.zeros_like(head) if need_head else None  # the head's gradient only where it is trained
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # of what comes out of bf16 products
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 products are added up in fp32
+        # the head's gradient only where it is trained
+        grad_head = torch.zeros_like(head, dtype=exact) if need_head else None
         total = hidden.new_zeros((), dtype=exact)
         # (R, V), used again for every chunk: fresh memory of this size costs more than the arithmetic
         logits = hidden.new_empty(min(CHUNK_ROWS, len(hidden)), len(head))
@@ -46,8 +47,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_head is not None:
                 if grad_head.dtype == rows.dtype:
                     grad_head.addmm_(grad.T, rows)
-                else:  # bf16 products, added up in fp32
+                else:
                     grad_head += grad.T @ rows
+        ctx.head_dtype = head.dtype
         ctx.save_for_backward(grad_hidden, grad_head, total.new_tensor(1.0 / denominator))
         return total / denominator
 
@@ -57,10 +59,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = upstream * scale
         return (
             (grad_hidden * scale).to(grad_hidden.dtype) if grad_hidden is not None else None,
-            grad_head * scale if grad_head is not None else None,
+            (grad_head * scale).to(ctx.head_dtype) if grad_head is not None else None,
             None,
             None,
         )
+
+
+class Micro(NamedTuple):
+    """A micro-batch of (B, T) rows on the device.
+
+    rows, targets: (N,) the positions in the loss, as numbers in the flattened (B, T), and their next tokens;
+    found on the CPU, for on a GPU training would have to wait to know how many they are. documents: for an
+    attention that wants to be told where documents begin.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    documents: dict[str, Any]
 
 
 class StepModel(torch.nn.Module):
@@ -70,21 +87,33 @@ class StepModel(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, denominator: float
-    ) -> torch.Tensor:
-        """The loss of (B, T) rows, see `next_token_loss`."""
+    def forward(self, micro: Micro, denominator: float) -> torch.Tensor:
+        """The loss of a micro-batch, see `chunked_loss`."""
         hidden = decoder_of(self.model)(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state  # (B, T, D); no attention mask: with one, packed documents would leak
-        return next_token_loss(hidden, self.model.get_output_embeddings().weight, labels, denominator)
+            input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False, **micro.documents
+        ).last_hidden_state.flatten(0, 1)  # (B, T, D); no attention mask: with one, packed documents would leak
+        if len(micro.rows) < len(hidden):
+            hidden = hidden[micro.rows]
+        return chunked_loss(hidden, self.model.get_output_embeddings().weight, micro.targets, denominator)
+
+
+def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
+    """Cross-entropy in nats, summed and divided by `denominator`.
+
+    hidden: (N, D), of labelled positions. head: (V, D). targets: (N,) token ids. denominator: the labelled tokens
+    of the global batch, so that accumulation over micro-batches and processes gives one mean.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, denominator)
+
+
+def labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) numbers of the positions in the loss of (B, T) labels, and (N,) their labels."""
+    flat = labels.flatten()
+    rows = (flat != IGNORE).nonzero()[:, 0]
+    return rows, flat[rows]
 
 
 def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, denominator: float) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the labelled positions and divided by `denominator`.
-
-    hidden: (B, T, D). head: (V, D). labels: (B, T), the next token or -100. denominator: the labelled tokens
-    of the global batch, so that accumulation over micro-batches and processes gives one mean.
-    """
-    kept = labels != IGNORE
-    return _ChunkedCrossEntropy.apply(hidden[kept], head, labels[kept], denominator)
+    """`chunked_loss` of (B, T, D) hidden states and (B, T) labels, the next token or -100."""
+    rows, targets = labelled(labels)
+    return chunked_loss(hidden.flatten(0, 1)[rows], head, targets, denominator)

@@ -19,6 +19,16 @@ def make_adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
+def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Update the weights, unless `bad`, a bool on the device, which is not waited for.
+
+    The fused kernels look at it themselves, as they do for torch's GradScaler: a step that is left out touches
+    neither weights nor moments, nor the count of steps.
+    """
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def state_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """`<parameter>/<state>` -> tensor."""
     return {

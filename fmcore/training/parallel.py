@@ -65,12 +65,20 @@ class Processes:
             print(line, flush=True)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over all processes; everyone gets the same bits."""
+        """Each value added up over all processes, by their CPUs; everyone gets the same bits."""
         if self.world == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def add(self, tensor: torch.Tensor, *values: float) -> torch.Tensor:
+        """A number on the device and others, (1 + N,) float64 there, added up over all processes without waiting."""
+        others = torch.tensor(values, dtype=torch.float64).to(self.device, non_blocking=True)
+        total = torch.cat([tensor.to(torch.float64)[None], others])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
 
     def each(self, work: Callable[[], T]) -> list[T]:
         """What everyone's work comes to, by rank; where one cannot write or read, all raise its error.
@@ -113,6 +121,27 @@ class Processes:
         if self.world > 1:
             self.first(lambda: None)
             dist.destroy_process_group()
+
+
+class OnTheWay:
+    """Numbers that a device has been asked to compute."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event:
+            self._event.record()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether they are there."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> list[float]:
+        """Wait for them."""
+        if self._event:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 ALONE = Processes(torch.device("cpu"))

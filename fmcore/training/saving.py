@@ -107,7 +107,7 @@ class Saver:
         state.effort.save_stall_s += time.perf_counter() - start
         self.count_time(state)
         self._writer = threading.Thread(
-            target=self._write, args=(write, snapshot, state.model_copy(deep=True)), daemon=True
+            target=self._write, args=(write, snapshot, state.model_copy(deep=True)), name="saver", daemon=True
         )
         self._writer.start()
 

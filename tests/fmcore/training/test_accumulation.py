@@ -11,7 +11,7 @@ from fmcore.tokens.bpe import load_tokenizer
 from fmcore.tokens.samples import IGNORE
 from fmcore.training.batches import Batches
 from fmcore.training.loop import micro_batches, step_seed
-from fmcore.training.loss import next_token_loss
+from fmcore.training.loss import chunked_loss
 
 pytestmark = pytest.mark.usefixtures("inline")
 
@@ -34,7 +34,8 @@ def gradients(spec: Any, size: int) -> dict[str, torch.Tensor]:
         hidden = decoder_of(model)(
             input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False
         ).last_hidden_state
-        next_token_loss(hidden, model.get_output_embeddings().weight, micro.labels, batch.num_labels).backward()
+        chosen = hidden.flatten(0, 1)[micro.rows]
+        chunked_loss(chosen, model.get_output_embeddings().weight, micro.targets, batch.num_labels).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -27,29 +27,58 @@ from fmcore.training.health import MIN_STEPS, WINDOW, Health
 def after(num: int, value: Callable[[int], float] = lambda n: 3 + 0.1 * math.sin(n)) -> Health:
     health = Health()
     for number in range(num):
-        assert health.problem(value(number), 1.0, 6) == ""
+        assert health.begin().problem(value(number), 1.0, 6) == ""
         health.passed(value(number), 1.0)
     return health
 
 
+def problem(health: Health, loss: float, grad_norm: float, sigma: float) -> str:
+    """Of a step that knows all before it."""
+    return health.expected[-1].problem(loss, grad_norm, sigma)
+
+
+def test_a_step_does_not_wait_for_the_one_before() -> None:
+    """What it is held against is known before its predecessor ends, and the same whenever that one is asked."""
+    waiting, lagging = Health(), Health()
+    before: float | None = None
+    for number in range(100):
+        loss = 3 + 0.1 * math.sin(number)
+        assert (expected := waiting.begin()) == lagging.begin()
+        assert len(lagging.expected) == (1 if before is None else 0)
+        assert expected.loss.steps == (0 if number < MIN_STEPS + 1 else number - 1)
+        waiting.passed(loss, 1.0)
+        if before is not None:
+            lagging.passed(before, 1.0)
+        before = loss
+
+
+@pytest.mark.parametrize("loss", [3.0, 3.7, math.nan, math.inf])
+@pytest.mark.parametrize("sigma", [0, 6])
+def test_the_device_and_the_words_agree(loss: float, sigma: float) -> None:
+    expected = after(100).expected[0]
+    [highest, highest_norm] = expected.limits(sigma)
+    may = math.isfinite(loss) and loss <= highest and highest_norm >= 1
+    assert may == (expected.problem(loss, 1.0, sigma) == "")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_found_from_the_first_step_on(bad: float) -> None:
-    assert Health().problem(bad, 1.0, 0) == f"loss is {bad}"
-    assert Health().problem(1.0, bad, 6) == f"gradient norm is {bad}"
+    assert problem(Health(), bad, 1.0, 0) == f"loss is {bad}"
+    assert problem(Health(), 1.0, bad, 6) == f"gradient norm is {bad}"
 
 
 def test_a_spike_is_found_once_enough_is_known() -> None:
     spread = np.std([0.1 * math.sin(n) for n in range(MIN_STEPS)])
-    assert after(MIN_STEPS - 1).problem(99, 1, 6) == ""
+    assert problem(after(MIN_STEPS - 1), 99, 1, 6) == ""
     known = after(MIN_STEPS)
     mean = np.mean(known.losses)
-    assert known.problem(mean + 5.9 * spread, 1, 6) == ""
-    assert known.problem(mean + 6.1 * spread, 1, 6).startswith("loss is 3.4")
-    assert "6.1 standard deviations above the mean of the last 64 steps" in known.problem(mean + 6.1 * spread, 1, 6)
-    assert known.problem(99, 1, 0) == ""  # switched off
-    assert known.problem(-99, 1, 6) == ""  # it may fall as it likes
-    assert known.problem(3, 1.05, 6) == ""  # norms that never moved: one in a hundred is no outlier
-    assert known.problem(3, 1.07, 6).startswith("gradient norm is 1.07")
+    assert problem(known, mean + 5.9 * spread, 1, 6) == ""
+    assert problem(known, mean + 6.1 * spread, 1, 6).startswith("loss is 3.4")
+    assert "6.1 standard deviations above the mean of the last 64 steps" in problem(known, mean + 6.1 * spread, 1, 6)
+    assert problem(known, 99, 1, 0) == ""  # switched off
+    assert problem(known, -99, 1, 6) == ""  # it may fall as it likes
+    assert problem(known, 3, 1.05, 6) == ""  # norms that never moved: one in a hundred is no outlier
+    assert problem(known, 3, 1.07, 6).startswith("gradient norm is 1.07")
 
 
 def test_the_window_rolls_and_survives_being_saved() -> None:
@@ -57,7 +86,7 @@ def test_the_window_rolls_and_survives_being_saved() -> None:
     assert len(health.losses) == len(health.grad_norms) == WINDOW
     again = Health.model_validate(json.loads(health.model_dump_json()))
     assert again == health
-    assert again.problem(3.7, 1, 6) == health.problem(3.7, 1, 6) != ""
+    assert problem(again, 3.7, 1, 6) == problem(health, 3.7, 1, 6) != ""
 
 
 def test_when_to_go_back() -> None:
@@ -76,13 +105,13 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]]
     """Lets a function of the number of the call (one micro-batch a step here) multiply the loss."""
 
     def install(factor: Callable[[int], float]) -> list[int]:
-        whole, calls = loss.next_token_loss, []
+        whole, calls = loss.chunked_loss, []
 
         def changed(*given: Any) -> torch.Tensor:
             calls.append(len(calls))
             return whole(*given) * factor(calls[-1])
 
-        monkeypatch.setattr(loss, "next_token_loss", changed)
+        monkeypatch.setattr(loss, "chunked_loss", changed)
         return calls
 
     return install
@@ -162,7 +191,7 @@ def test_killed_after_going_back_it_ends_in_the_same_bits(
     spec = fresh_home.spec(recipe)
     order = Batches(spec, pad_id=2)
     bad = {order.at(step).input_ids.numpy().tobytes() for step in range(12, 16)}
-    whole = loss.next_token_loss
+    whole = loss.chunked_loss
     current: list[bytes] = []
 
     class Watched(Batches):
@@ -172,7 +201,7 @@ def test_killed_after_going_back_it_ends_in_the_same_bits(
             return batch
 
     monkeypatch.setattr("fmcore.training.child.Batches", Watched)
-    monkeypatch.setattr(loss, "next_token_loss", lambda *g: whole(*g) * (math.nan if current[0] in bad else 1.0))
+    monkeypatch.setattr(loss, "chunked_loss", lambda *g: whole(*g) * (math.nan if current[0] in bad else 1.0))
     first = fresh_home.train(recipe)
     weights = load_file(first.final / "model.safetensors")
     state_kept = read_json(first.path / "spec.json")
