@@ -116,7 +116,7 @@ def run_bare(folder: Path, workload: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fmcore.training.loss import StepModel
+    from fmcore.training.loss import Micro, StepModel, labelled
     from fmcore.training.optimizer import make_adamw
 
     torch.use_deterministic_algorithms(True)
@@ -130,7 +130,9 @@ def run_bare(folder: Path, workload: str) -> dict[str, Any]:
     for step in range(WORKLOADS[workload]["steps"]):
         start = time.perf_counter()
         labels = rows["labels"][step]
-        loss = model(rows["input_ids"][step], rows["position_ids"][step], labels, int((labels >= 0).sum()))
+        where, targets = labelled(labels)
+        micro = Micro(rows["input_ids"][step], rows["position_ids"][step], where, targets, {})
+        loss = model(micro, len(targets))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -20,7 +20,7 @@ def join_recipe(recipe: Recipe, console: Console) -> None:
     if recipe.execution.nodes == 1:
         raise RecipeError("execution.nodes is 1: set nodes and rendezvous as in the recipe that the others run")
     from fmcore.planning.resolve import resolve_stage
-    from fmcore.training.train import join_training
+    from fmcore.training.running import join_training
 
     workspace = Workspace.current()
     prepare_environment(workspace)

@@ -36,6 +36,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # or cuBLAS refuses to work in torch's deterministic mode
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def child_environment(environment: Mapping[str, str], threads: int, grace_s: flo
 
     grace_s: what torchrun's agent gives its workers when it is stopped.
     """
-    defaults = {**ALLOCATOR, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    defaults = {**ALLOCATOR, **DETERMINISTIC, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
     own = {
         PARENT_VARIABLE: str(os.getpid()),

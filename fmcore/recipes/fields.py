@@ -198,12 +198,19 @@ class Model(Block):
     )
 
 
+OPTIMIZER = "muon: for the matrices of the decoder's layers, adamw for the rest; in one process."
+
+
 class Optimization(Block):
     """What all stages share of how weights are updated."""
 
     tokens: int = Field(0, ge=0, description="Training tokens; 0 = by epochs.")
     epochs: float = Field(0, ge=0, description="Passes over the training tokens; 0 = by tokens.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices alone.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Of matrix products; weights and optimizer stay fp32. auto = bf16 on a GPU, fp32 on a CPU.",
+    )
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay, on matrices alone.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
@@ -230,6 +237,7 @@ class PretrainTrain(Optimization):
     batch_tokens: int = Field(8192, ge=8, description="Tokens in one optimizer step.")
     lr: float = Field(2e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["wsd", "cosine"] = Field("wsd", description="wsd (warmup, stable, decay) or cosine.")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description=OPTIMIZER)
     warmup_fraction: float = Field(0.02, ge=0, lt=1, description="Share of the steps in which the rate rises.")
 
 
@@ -241,8 +249,9 @@ class FinetuneTrain(Optimization):
     batch_tokens: int = Field(4096, ge=8, description="Token positions in one optimizer step.")
     lr: float = Field(0, ge=0, description="Peak learning rate; 0 = 3e-4 for full, 3e-3 for lora.")
     schedule: Literal["wsd", "cosine"] = Field("cosine", description="wsd (warmup, stable, decay) or cosine.")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description=OPTIMIZER)
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
-    weight_decay: float = Field(0, ge=0, description="AdamW weight decay, on matrices alone.")
+    weight_decay: float = Field(0, ge=0, description="Weight decay, on matrices alone.")
 
 
 class ContinueTrain(Optimization):
@@ -255,6 +264,9 @@ class ContinueTrain(Optimization):
     )
     batch_tokens: int = Field(
         0, ge=0, description="Tokens in one optimizer step; 0 = the parent's, 8192 where that is not known (imported)."
+    )
+    optimizer: Literal["", "adamw", "muon"] = Field(
+        "", description="Empty = the parent's, whose state is gone on with; adamw where it has none."
     )
 
 
@@ -332,7 +344,18 @@ class Execution(Block):
     micro_batch: int = Field(
         0,
         ge=0,
-        description="Sequences per forward pass; 0 = about 8,192 tokens. A resumed run keeps its own.",
+        description="Sequences per forward pass; 0 = about 2,048 tokens (8,192 on a GPU). A resumed run keeps its own.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="torch.compile, one decoder layer at a time. auto = where it saves more than it takes: long "
+        "trainings. A resumed run keeps its own.",
+    )
+    recompute_layers: int = Field(
+        -1,
+        ge=-1,
+        description="Decoder layers whose activations are computed again in the backward pass instead of kept; "
+        "-1 = as many as the memory asks for.",
     )
     mirror: str = Field(
         "",

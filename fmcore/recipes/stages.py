@@ -88,10 +88,24 @@ class _Footer(Block):
     execution: Execution = Field(Execution(), description="How to run; never changes what comes out.")
 
 
+def _check_muon(recipe: "StageRecipe") -> None:
+    if recipe.train.optimizer != "muon":
+        return
+    if isinstance(recipe, FinetuneRecipe) and recipe.method == "lora":
+        raise ValueError("train.optimizer: muon is for whole matrices; with method lora take adamw")
+    if recipe.execution.processes > 1 or recipe.execution.nodes > 1:
+        raise ValueError("train.optimizer: muon trains in one process; set execution.processes and nodes to 1")
+
+
 class PretrainRecipe(_Footer, PretrainStage, _Header):
     """Raw text to a registered base model."""
 
     kind: Literal["pretrain"] = Field("pretrain", description=KIND)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainRecipe":
+        _check_muon(self)
+        return self
 
     @property
     def model_name(self) -> str:
@@ -104,11 +118,21 @@ class FinetuneRecipe(_Footer, FinetuneStage, _ChildHeader):
 
     kind: Literal["finetune"] = Field("finetune", description=KIND)
 
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneRecipe":
+        _check_muon(self)
+        return self
+
 
 class ContinueRecipe(_Footer, ContinueStage, _ChildHeader):
     """A base and new documents to the base's next version."""
 
     kind: Literal["continue-pretrain"] = Field("continue-pretrain", description=KIND)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ContinueRecipe":
+        _check_muon(self)
+        return self
 
 
 StageRecipe = PretrainRecipe | FinetuneRecipe | ContinueRecipe

@@ -74,10 +74,10 @@ class Batches:
             if place % world == rank:
                 rows.append(source.samples.row(int(number[0])))
         rows += [self._filler] * (-(-len(slots) // world) - len(rows))
-        input_ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-        num_labels = int((labels != IGNORE).sum())
+        input_ids, labels, positions = (np.stack(column) for column in zip(*rows, strict=True))
         return Batch(
-            input_ids, labels, positions, num_labels, num_tokens=len(slots) * input_ids.shape[1],
+            torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions),
+            num_labels=int(np.count_nonzero(labels != IGNORE)), num_tokens=len(slots) * input_ids.shape[1],
             sources={name: n / len(slots) for name, n in sorted(sources.items())},
         )  # fmt: skip
 

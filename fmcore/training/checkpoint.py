@@ -15,7 +15,7 @@ its generator from (seed, step), so the step number is the whole of it.
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,8 @@ class Effort(BaseModel):
 class TrainState(BaseModel):
     """Where a training is. step: optimizer steps done; tokens: positions fed; seconds: time spent in those steps.
 
-    health: of the steps before. processes, threads (of each), micro_batch, packages: what the bits of the result
-    depend on, used again on resume.
+    health: of the steps before. processes, threads (of each), micro_batch, compiled (the decoder's layers), packages:
+    what the bits of the result depend on, used again on resume.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -73,6 +73,7 @@ class TrainState(BaseModel):
     processes: int = 1
     threads: int
     micro_batch: int
+    compiled: bool
     packages: dict[str, str]
 
     def become(self, other: "TrainState") -> None:
@@ -106,11 +107,11 @@ class Snapshot(NamedTuple):
 
 
 class Trainee:
-    """What is saved and loaded together: the trainable parameters by name, and their optimizer."""
+    """What is saved and loaded together: the trainable parameters by name, and their optimizers."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self._names: dict[torch.Tensor, str] = {p: name for name, p in self.parameters.items()}
         self._snapshot = Snapshot({}, {}, {})
 
@@ -119,7 +120,7 @@ class Trainee:
 
         first: whether this process keeps what all of them have the same.
         """
-        state = state_tensors(self.optimizer, self._names)
+        state = state_tensors(self.optimizers, self._names)
         model = _own(self.parameters, self._snapshot.offsets, first=first)
         _copy(model, self._snapshot.model)
         _copy(_own(state, self._snapshot.offsets, first=first), self._snapshot.optimizer)
@@ -127,7 +128,7 @@ class Trainee:
 
     def whole(self, *, keep: bool = True) -> Snapshot:
         """All of it, put together from all processes, which have to ask at the same time; keep: for which of them."""
-        state = state_tensors(self.optimizer, self._names)
+        state = state_tensors(self.optimizers, self._names)
         return Snapshot(_gathered(self.parameters, keep=keep), _gathered(state, keep=keep), {})
 
     def load(self, folder: Path) -> None:
@@ -140,7 +141,7 @@ class Trainee:
         reader = HuggingFaceStorageReader(str(folder))
         state = empty_state(self.parameters, reader.read_metadata().state_dict_metadata)
         _read(folder, state)
-        load_state(self.optimizer, self._names, state)
+        load_state(self.optimizers, self._names, state)
 
 
 def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -352,6 +353,8 @@ def damage(folder: Path, digest: str = "") -> str | None:
     return None
 
 
-def initial_state(threads: int, micro_batch: int, processes: int = 1) -> TrainState:
+def initial_state(threads: int, micro_batch: int, processes: int = 1, *, compiled: bool = False) -> TrainState:
     """The state before the first step."""
-    return TrainState(processes=processes, threads=threads, micro_batch=micro_batch, packages=package_versions())
+    return TrainState(
+        processes=processes, threads=threads, micro_batch=micro_batch, compiled=compiled, packages=package_versions()
+    )

@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.store import package_versions
 from fmcore.data.ledger import ID_TYPE, Ledger, write_ledger
-from fmcore.errors import TrainingError
+from fmcore.errors import RecipeError, TrainingError
 from fmcore.model.adapters import add_lora, save_adapter
+from fmcore.model.attention import may_use_varlen, use_varlen
 from fmcore.model.build import build_model, load_parameters, open_model
 from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.tokens.bpe import load_tokenizer
@@ -24,17 +25,18 @@ from fmcore.training.batches import Batches
 from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
 from fmcore.training.figures import FORMULA, count_restart, figures, flops_per_token, in_words, measure_peak
 from fmcore.training.health import anchor_interval
+from fmcore.training.layers import compile_layers, decoder_layers, layers_to_recompute, pays_to_compile, recompute
 from fmcore.training.loop import Training
 from fmcore.training.loss import StepModel
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.metrics import MetricsLog
 from fmcore.training.mirror import Mirror
-from fmcore.training.optimizer import make_adamw
-from fmcore.training.parallel import Processes
+from fmcore.training.optimizer import make_optimizers
+from fmcore.training.parallel import PRECISIONS, Processes
 from fmcore.training.saving import Saver, could_not_save
 from fmcore.training.spec import TrainSpec
 
-TARGET_MICRO_TOKENS = 2048  # as fast as 8,192 on a CPU, with less memory (benchmarks/README.md)
+MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}  # a CPU is as fast with 2,048 as with 8,192 (benchmarks/README.md)
 
 
 def main(path: Path) -> bool:
@@ -62,24 +64,36 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     torch.manual_seed(spec.seed)  # for the adapters; of several processes each makes the same ones
     trained = add_lora(model, spec.lora) if spec.method == "lora" else model
     flops = flops_per_token(trained, model.config, spec.seq_len)
-    step_model = StepModel(model).to(processes.device)
-    processes.shard(step_model)
-    optimizer = make_adamw(trained.named_parameters(), betas=spec.betas, weight_decay=spec.weight_decay)
-    trainee = Trainee(trained, optimizer)
+    device = processes.device
+    micro_batch = kept.get("micro_batch") or spec.micro_batch or max(1, MICRO_TOKENS[device.type] // spec.seq_len)
+    total_flops = flops * spec.num_samples * spec.seq_len
+    wanted = spec.compile == "on" or (spec.compile == "auto" and pays_to_compile(total_flops, device))
+    compiled = prepare_layers(spec, model, micro_batch, kept.get("compiled", wanted), processes)
+    step_model = StepModel(model).to(device)
+    step_model.varlen = may_use_varlen(device, spec.precision) and use_varlen(model)
+    processes.shard(step_model, spec.precision)
+    optimizers = make_optimizers(
+        spec.optimizer_kind, trained.named_parameters(), decoder_layers(model), betas=spec.betas,
+        weight_decay=spec.weight_decay,
+    )  # fmt: skip
+    trainee = Trainee(trained, optimizers)
     saver = Saver(folder, trainee, anchor_interval(spec.schedule.num_steps), processes, mirror)
     state = load_latest(folder / "latest", trainee, processes)
     resumed = state is not None
     if state is None:
-        state = initial_state(threads, spec.micro_batch or max(1, TARGET_MICRO_TOKENS // spec.seq_len), processes.world)
+        state = initial_state(threads, micro_batch, processes.world, compiled=compiled)
         if spec.optimizer:
             trainee.load_optimizer(spec.optimizer.parent)
         saver.save_latest(state)  # what the bits depend on holds from the first step on
     for warning in changes(state, processes.world):
         processes.say(f"WARNING: {warning}")
     state.processes = processes.world
-    [peak] = processes.sum([measure_peak(processes.device)])
+    if spec.optimizer_kind == "muon" and processes.world > 1:
+        raise RecipeError("train.optimizer: muon trains in one process; set execution.processes and nodes to 1")
+    dtype = PRECISIONS[spec.precision]
+    [peak] = processes.sum([measure_peak(device, dtype)])
     processes.say(_announcement(spec, trained, state))
-    processes.say(f"MFU against {peak / 1e9:,.0f} GFLOP/s, an fp32 matrix product here; {FORMULA}")
+    processes.say(f"MFU against {peak / 1e9:,.0f} GFLOP/s, a matrix product in {spec.precision} here; {FORMULA}")
     batches = Batches(spec, pad_id(tokenizer), state.health.windows)
     heartbeat.beat()
     try:
@@ -94,10 +108,38 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     if not done:
         processes.say(f"stopped after step {state.step}, saved")
         return False
-    [again] = processes.sum([measure_peak(processes.device)])  # the better one: other work may have slowed either
-    reached = figures(state, flops, max(peak, again), processes.device)
+    [again] = processes.sum([measure_peak(device, dtype)])  # the better one: other work may have slowed either
+    reached = figures(state, flops, max(peak, again), device)
     processes.say(in_words(reached))
     export(spec, folder, trained, trainee, tokenizer, batches, state, reached, processes)
+    return True
+
+
+def prepare_layers(
+    spec: TrainSpec, model: PreTrainedModel, micro_batch: int, wanted: bool, processes: Processes
+) -> bool:
+    """Have layers computed again where memory asks for it, and compiled where wanted; returns whether they are."""
+    layers = decoder_layers(model)
+    count = spec.recompute_layers
+    if count < 0:
+        rows = min(micro_batch, -(-spec.batch_samples // processes.world))
+        num_bytes = PRECISIONS[spec.precision].itemsize
+        counts = processes.each(lambda: layers_to_recompute(
+            model, rows=rows, seq_len=spec.seq_len, num_bytes=num_bytes, world=processes.world, device=processes.device
+        ))  # fmt: skip
+        count = max(counts)
+    if count:
+        recompute(layers[:count])
+        processes.say(f"activations of {min(count, len(layers))} of {len(layers)} layers are computed again")
+    if not wanted:
+        return False
+    try:
+        compile_layers(layers, processes.device)
+    except RecipeError as error:
+        if spec.compile == "on":
+            raise
+        processes.say(f"WARNING: not compiled, which would pay here: {error}")
+        return False
     return True
 
 
@@ -137,8 +179,10 @@ def _announcement(spec: TrainSpec, model: torch.nn.Module, state: TrainState) ->
     start = f"resuming after step {state.step}" if state.step else "starting"
     rows = -(-spec.batch_samples // state.processes)
     several = f"{state.processes} processes of " if state.processes > 1 else ""
+    muon = ", muon" if spec.optimizer_kind == "muon" else ""
+    how = f"{spec.method}, {spec.precision}{muon}{', compiled' if state.compiled else ''}"
     return (
-        f"{start}: {total:,} parameters, {trainable:,} trained ({spec.method}); {spec.schedule.num_steps:,} steps of "
+        f"{start}: {total:,} parameters, {trainable:,} trained ({how}); {spec.schedule.num_steps:,} steps of "
         f"{spec.batch_samples * spec.seq_len:,} tokens; {several}{state.threads} threads, micro-batch "
         f"{min(state.micro_batch, rows)}"
     )
@@ -156,7 +200,7 @@ def export(
     processes: Processes,
 ) -> None:
     """Have the first process write what comes out, from the weights of all."""
-    if processes.world > 1:
+    if processes.sharded:
         tensors = trainee.whole(keep=processes.is_first).model
         if processes.is_first:
             alone = make_model(spec, tokenizer)

@@ -22,10 +22,10 @@ FORMULA = (
 )
 
 
-def measure_peak(device: torch.device) -> float:
-    """FLOP/s of an fp32 matrix product here, the best of a few, with the threads that training has."""
+def measure_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a matrix product here, the best of a few, with the threads and the precision that training has."""
     size = PEAK_SIZE.get(device.type, 1024)
-    left = torch.ones(size, size, device=device)
+    left = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(PEAK_REPEATS):
         start = time.perf_counter()

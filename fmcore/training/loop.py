@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fmcore.errors import TrainingError
+from fmcore.model.attention import document_boundaries
 from fmcore.process.guard import Heartbeat, Stop
 from fmcore.training.batches import Batch, Batches
 from fmcore.training.checkpoint import Trainee, TrainState
@@ -123,10 +124,10 @@ class Training:
         if before is None or before.outcome.arrived:
             state.effort.data_wait_s += time.perf_counter() - start
         lr = spec.schedule.lr(state.step)
-        for group in self.trainee.optimizer.param_groups:
+        for group in (group for optimizer in self.trainee.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         loss = torch.zeros((), device=processes.device)
-        for micro in micro_batches(batch, state.micro_batch, processes.device):
+        for micro in micro_batches(batch, state.micro_batch, processes.device, varlen=self.model.varlen):
             part = self.model(micro, max(1, num_labels))
             part.backward()
             loss += part.detach()
@@ -136,8 +137,8 @@ class Training:
         expected = state.health.begin()
         highest_loss, highest_norm = expected.limits(spec.spike_sigma)
         may = loss.isfinite() & grad_norm.isfinite() & (loss <= highest_loss) & (grad_norm <= highest_norm)
-        step_unless(~may, self.trainee.optimizer)
-        self.trainee.optimizer.zero_grad(set_to_none=True)
+        step_unless(~may, self.trainee.optimizers)
+        self.model.zero_grad(set_to_none=True)
         outcome = OnTheWay(torch.stack([loss, grad_norm.to(loss), stopping, due]))
         state.step += 1
         state.tokens += batch.num_tokens
@@ -215,14 +216,17 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return (seed * 1_000_003 + step + (rank << 48)) % (1 << 63)
 
 
-def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Micro]:
-    """Cut a step's rows into pieces of `size` rows, on the device."""
+def micro_batches(batch: Batch, size: int, device: torch.device, *, varlen: bool = False) -> Iterator[Micro]:
+    """Cut a step's rows into pieces of `size` rows, on the device; varlen: with the places where documents begin."""
     for start in range(0, len(batch.input_ids), size):
         piece = slice(start, start + size)
         rows, targets = labelled(batch.labels[piece])
+        documents = document_boundaries(batch.position_ids[piece]) if varlen else {}
+        if varlen:
+            documents["boundaries"] = on_device(documents["boundaries"], device)
         yield Micro(
             on_device(batch.input_ids[piece], device), on_device(batch.position_ids[piece], device),
-            on_device(rows, device), on_device(targets, device), {},
+            on_device(rows, device), on_device(targets, device), documents,
         )  # fmt: skip
 
 

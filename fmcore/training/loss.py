@@ -31,16 +31,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # (R, V), used again for every chunk: fresh memory of this size costs more than the arithmetic
         logits = hidden.new_empty(min(CHUNK_ROWS, len(hidden)), len(head))
         log_probs = torch.empty_like(logits, dtype=exact)
+        numbers = torch.arange(len(logits), device=hidden.device)
         weight = head.to(hidden.dtype)
         for start in range(0, len(hidden), CHUNK_ROWS):
-            rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
+            rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS]
             torch.mm(rows, weight.T, out=logits[: len(rows)])
             torch.log_softmax(logits[: len(rows)], -1, exact, out=log_probs[: len(rows)])
-            total -= log_probs[: len(rows)].gather(-1, targets).sum()
+            total -= log_probs[: len(rows)][numbers[: len(rows)], targets].sum()
             if not (need_hidden or need_head):
                 continue
             grad = log_probs[: len(rows)].exp_()  # softmax, in place
-            grad.scatter_add_(-1, targets, grad.new_full(targets.shape, -1.0))
+            grad[numbers[: len(rows)], targets] -= 1.0
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + CHUNK_ROWS])
@@ -86,6 +87,7 @@ class StepModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.varlen = False  # whether its attention wants to know where documents begin
 
     def forward(self, micro: Micro, denominator: float) -> torch.Tensor:
         """The loss of a micro-batch, see `chunked_loss`."""

@@ -9,15 +9,17 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from fmcore.model.build import decoder_of
 from fmcore.process.guard import TORCHRUN_VARIABLE
 from fmcore.process.launch import MEETING
+from fmcore.training.layers import decoder_layers
 from fmcore.training.loss import StepModel
 
 T = TypeVar("T")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Processes:
@@ -32,6 +34,7 @@ class Processes:
         self.world = world
         # of the thread that writes states, whose talk must not come between two collectives of training
         self._saving = dist.new_group(backend="gloo") if world > 1 else None
+        self.sharded = False  # whether the parameters are spread over the processes, be it over one
 
     @classmethod
     def join(cls, device: str, folder: Path, timeout_s: float) -> "Processes":
@@ -105,21 +108,32 @@ class Processes:
         """What the first one's work comes to, for all."""
         return cast(T, self.each(lambda: work() if self.is_first else None)[0])
 
-    def shard(self, step: StepModel) -> None:
-        """Spread parameters, gradients and optimizer state over all processes (FSDP2), a decoder layer at a time."""
-        if self.world == 1:
+    def shard(self, step: StepModel, precision: str = "fp32") -> None:
+        """Spread parameters, gradients and optimizer state over all processes (FSDP2), a decoder layer at a time.
+
+        precision: fp32, or bf16: then what is computed with are copies in bf16, of a process alone too, while
+        parameters, sums of gradients and optimizer stay fp32.
+        """
+        if self.world == 1 and precision == "fp32":
             return
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         mesh = init_device_mesh(self.device.type, (self.world,))
-        for module in (*_layers(step), step):
-            fully_shard(module, mesh=mesh)
+        dtype = PRECISIONS[precision]
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for module in (*decoder_layers(step.model), step):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.world > 1)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the labels of all: add, not average,
             module.set_force_sum_reduction_for_comms(True)  # and by a plain sum, which gloo has
+        self.sharded = True
 
     def leave(self) -> None:
         """Part from the others, once all have come so far: torchrun ends all when one ends early."""
         if self.world > 1:
             self.first(lambda: None)
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -145,12 +159,6 @@ class OnTheWay:
 
 
 ALONE = Processes(torch.device("cpu"))
-
-
-def _layers(step: StepModel) -> list[torch.nn.Module]:
-    """The decoder's layers: the longest list of modules in it."""
-    lists = [child for child in decoder_of(step.model).children() if isinstance(child, torch.nn.ModuleList)]
-    return list(max(lists, key=len, default=()))
 
 
 def pick_device(device: str) -> torch.device:

@@ -41,10 +41,10 @@ class PoolSpec(_Block):
 class TrainSpec(_Block):
     """One training. lengths in tokens, times in seconds.
 
-    model: config fields for fresh weights, or None to start from `weights`. optimizer: a safetensors file
-    with the state to go on with. base, base_fingerprint: the parent's version, and its checkpoint's identity;
-    origin: where its whole weights were imported from, if they were. num_samples: sample slots in the whole run.
-    ledger: what the starting weights have seen. mirror: address where copies of the state go.
+    model: config fields for fresh weights, or None to start from `weights`. optimizer: a safetensors file with the
+    state to go on with, of the kind optimizer_kind. base, base_fingerprint: the parent's version, and its checkpoint's
+    identity; origin: where its whole weights were imported from, if they were. num_samples: sample slots in the whole
+    run. ledger: what the starting weights have seen. mirror: address where copies of the state go.
     """
 
     seed: int
@@ -62,6 +62,8 @@ class TrainSpec(_Block):
     batch_samples: int
     seq_len: int
     schedule: Schedule
+    precision: Literal["fp32", "bf16"]
+    optimizer_kind: Literal["adamw", "muon"]
     betas: tuple[float, float]
     weight_decay: float
     grad_clip: float
@@ -70,6 +72,8 @@ class TrainSpec(_Block):
     device: Literal["auto", "cpu", "cuda"]
     threads: int
     micro_batch: int
+    compile: Literal["auto", "on", "off"]
+    recompute_layers: int
     save_interval_s: float
     hang_timeout_s: float
     mirror: str = ""

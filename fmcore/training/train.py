@@ -4,32 +4,31 @@ Turns a stage's recipe into the spec of one training, and runs it in a process o
 the spec alone: where the weights come from, which pools of samples are drawn, which rate.
 """
 
-import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fmcore.artifacts.ancestry import checkpoint_of, full_checkpoint, knows_texts, lineage, shards_of
 from fmcore.artifacts.files import read_json, write_json
 from fmcore.artifacts.step import Step
 from fmcore.artifacts.store import Building, Fields, Store
 from fmcore.artifacts.types import Checkpoint, RegisteredModel, TokenShards
-from fmcore.errors import DataError, Interrupted, RecipeError, StoreError, TrainingError
+from fmcore.errors import DataError, RecipeError, StoreError
 from fmcore.model.importing import origin_of
 from fmcore.model.outside import Origin
 from fmcore.model.presets import model_fields
 from fmcore.model.weights import Weights, final_weights, start_weights
-from fmcore.process.launch import ERROR, LAYOUT, STOPPED, Child, Layout, TrainingRefused, num_gpus
-from fmcore.recipes.fields import Execution, Lora, Optimization, Source
+from fmcore.process.launch import ERROR, LAYOUT, STOPPED, num_gpus
+from fmcore.recipes.fields import Lora, Optimization, Source
 from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, PretrainRecipe, StageRecipe
 from fmcore.tokens.order import Pool, slots_for
 from fmcore.tokens.samples import num_windows
 from fmcore.training.metrics import FILE_NAME as METRICS
+from fmcore.training.running import run_with_retries
 from fmcore.training.schedule import Schedule
 from fmcore.training.spec import Member, PoolSpec, TrainSpec
 
@@ -37,15 +36,18 @@ CODE_VERSION = 2
 REWARM_FRACTION = 0.01  # of the steps, where no stable checkpoint can be reached (Ibrahim et al. 2024)
 IMPORTED_LR = 1e-4  # what an imported model was trained at is not known; low, for it has decayed already
 IMPORTED_BATCH_TOKENS = 8192
-JOIN_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from. peak_lr: the parent's stable rate, 0 where it has none."""
+    """What a training starts from.
+
+    optimizer: its saved state. peak_lr: the parent's stable rate, 0 where it has none.
+    """
 
     weights: Weights | None
     optimizer: Path | None
+    optimizer_kind: Literal["adamw", "muon"]
     ledger: Path | None
     seq_len: int
     batch_tokens: int
@@ -55,7 +57,8 @@ class Start:
 
 def checkpoint_step(recipe: StageRecipe, shards: str, parent: str | None) -> Step:
     """What `train_checkpoint` would make. shards, parent: fingerprints."""
-    config: dict[str, Any] = {"train": recipe.train.model_dump(), "seed": recipe.seed, "precision": "fp32"}
+    precision = precision_of(recipe)
+    config: dict[str, Any] = {"train": {**recipe.train.model_dump(), "precision": precision}, "seed": recipe.seed}
     if isinstance(recipe, FinetuneRecipe):
         config["train"]["lr"] = recipe.lr
         config["method"] = recipe.method
@@ -71,6 +74,13 @@ def checkpoint_step(recipe: StageRecipe, shards: str, parent: str | None) -> Ste
             del config["train"]["seq_len"]  # the parent's; recipes of before there was the field keep their identity
     parents = {"shards": shards, **({"parent": parent} if parent else {})}
     return Step("checkpoint", recipe.name, config, parents, CODE_VERSION)
+
+
+def precision_of(recipe: StageRecipe) -> Literal["fp32", "bf16"]:
+    """The precision that training will have here; told without torch, for plans."""
+    if recipe.train.precision != "auto":
+        return recipe.train.precision
+    return "bf16" if recipe.execution.device != "cpu" and num_gpus() else "fp32"
 
 
 def train_checkpoint(
@@ -105,7 +115,7 @@ def train_checkpoint(
             on_line(f"records, packed whole, fill {used:.1%} of their rows of {spec.seq_len} tokens")
         write_json(building.path / "spec.json", spec.model_dump(mode="json"))
         with watch(building.path / METRICS, spec) as on_poll:
-            _run_with_retries(building, recipe.execution, on_line, on_poll)
+            run_with_retries(building, recipe.execution, on_line, on_poll)
         made = _collect(building.path, spec, used)
         _drop_mirror(spec.mirror, building.path, on_line)
         return made
@@ -142,69 +152,6 @@ def _drop_mirror(address: str, folder: Path, on_line: Callable[[str], None]) -> 
 
 def _idle() -> None:
     """What is called while nobody watches."""
-
-
-def _run_with_retries(
-    building: Building, execution: Execution, on_line: Callable[[str], None], on_poll: Callable[[], None]
-) -> None:
-    child = Child(
-        "fmcore.training.child", building.path, lock=building.lock, grace_s=execution.grace_s,
-        hang_timeout_s=execution.hang_timeout_s, threads=execution.threads,
-        layout=_layout(building.path / "latest", execution),
-    )  # fmt: skip
-    for attempt in range(execution.retries + 1):
-        try:
-            child.run(on_line=on_line, on_poll=on_poll)
-            return
-        except TrainingRefused:
-            raise
-        except TrainingError as error:
-            if attempt == execution.retries:
-                raise
-            on_line(f"attempt {attempt + 1} failed, going on from the last saved state, if there is one: {error}")
-
-
-def join_training(step: Step, execution: Execution, store: Store, *, on_line: Callable[[str], None], log: Path) -> None:
-    """Take part in a training that another machine has begun, or will begin, in the same home, until it is done.
-
-    log: of this machine's processes. Raises Interrupted where the training was stopped, TrainingRefused where
-    it cannot be done.
-    """
-    waiting = ""
-    while store.find(step, Checkpoint) is None:
-        folder = store.partial_of(step.fingerprint, Checkpoint)
-        if folder is None or not (folder / LAYOUT).exists():
-            if waiting != (waiting := f"waiting for a machine to begin the training of {step.name}"):
-                on_line(waiting)
-            time.sleep(JOIN_POLL_S)
-            continue
-        waiting = ""
-        try:
-            _join(folder, execution, on_line, log)
-        except (Interrupted, TrainingRefused):
-            raise
-        except TrainingError as error:
-            on_line(f"this machine's part ended, joining again: {error}")
-            time.sleep(JOIN_POLL_S)
-
-
-def _join(folder: Path, execution: Execution, on_line: Callable[[str], None], log: Path) -> None:
-    lock = os.open(os.devnull, os.O_RDONLY)  # the machine that began holds the artifact's
-    try:
-        Child(
-            "fmcore.training.child", folder, lock=lock, grace_s=execution.grace_s,
-            hang_timeout_s=execution.hang_timeout_s, threads=execution.threads,
-            layout=_layout(folder / "latest", execution), log=log,
-        ).run(on_line=on_line)  # fmt: skip
-    finally:
-        os.close(lock)
-
-
-def _layout(latest: Path, execution: Execution) -> Layout:
-    """The processes to start: as many as asked for, else as the training began with, else one, or one per GPU."""
-    kept = max((read_json(path).get("processes", 1) for path in latest.glob("step-*/state.json")), default=0)
-    found = kept // execution.nodes or (num_gpus() if execution.device != "cpu" else 1)
-    return Layout(execution.processes or max(1, found), execution.nodes, execution.rendezvous)
 
 
 def utilization(shards: TokenShards, seq_len: int) -> float:
@@ -259,6 +206,8 @@ def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel 
         batch_samples=batch_samples,
         seq_len=seq_len,
         schedule=_schedule(recipe, start, ceil(num_samples / batch_samples)),
+        precision=precision_of(recipe),
+        optimizer_kind=start.optimizer_kind,
         betas=(recipe.train.beta1, recipe.train.beta2),
         weight_decay=recipe.train.weight_decay,
         grad_clip=recipe.train.grad_clip,
@@ -268,6 +217,8 @@ def make_spec(shards: TokenShards, recipe: StageRecipe, parent: RegisteredModel 
         threads=recipe.execution.threads,
         hang_timeout_s=recipe.execution.hang_timeout_s,
         micro_batch=recipe.execution.micro_batch,
+        compile=recipe.execution.compile,
+        recompute_layers=recipe.execution.recompute_layers,
         save_interval_s=recipe.execution.save_interval_s,
     )
 
@@ -281,7 +232,7 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
     train = recipe.train
     if isinstance(recipe, PretrainRecipe):
         return Start(
-            None, None, None, recipe.train.seq_len, recipe.train.batch_tokens, recipe.train.lr,
+            None, None, recipe.train.optimizer, None, recipe.train.seq_len, recipe.train.batch_tokens, recipe.train.lr,
             recipe.train.warmup_fraction,
         )  # fmt: skip
     assert parent is not None
@@ -289,7 +240,7 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
     inherited = inherited_spec(checkpoint)
     if isinstance(recipe, FinetuneRecipe):
         return Start(
-            final_weights(store, checkpoint), None, checkpoint.ledger("final"),
+            final_weights(store, checkpoint), None, recipe.train.optimizer, checkpoint.ledger("final"),
             recipe.train.seq_len or inherited["seq_len"], recipe.train.batch_tokens, recipe.lr,
             recipe.train.warmup_fraction,
         )  # fmt: skip
@@ -298,6 +249,7 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
     return Start(
         start_weights(store, checkpoint),
         stable / "optimizer.safetensors" if stable else None,
+        _optimizer_kind(recipe, inherited["optimizer"] if stable else ""),
         checkpoint.ledger(checkpoint.start),
         recipe.train.seq_len or inherited["seq_len"],
         recipe.train.batch_tokens or inherited["batch_tokens"],
@@ -306,19 +258,31 @@ def _start(recipe: StageRecipe, parent: RegisteredModel | None, store: Store) ->
     )
 
 
+def _optimizer_kind(recipe: ContinueRecipe, kept: Literal["", "adamw", "muon"]) -> Literal["adamw", "muon"]:
+    """kept: whose state the parent has, if it has one."""
+    given = recipe.train.optimizer
+    if given and kept and given != kept:
+        raise RecipeError(
+            f"train.optimizer: {given}, but the parent was trained with {kept}, whose state is gone on with; "
+            f"leave it out"
+        )
+    return given or kept or "adamw"
+
+
 def inherited_spec(checkpoint: Checkpoint) -> dict[str, Any]:
-    """seq_len, batch_tokens and peak rate (lr) that a checkpoint was trained with, as its spec says.
+    """seq_len, batch_tokens, peak rate (lr) and optimizer that a checkpoint was trained with, as its spec says.
 
     For an imported one, of which they are not known, what is taken in their place.
     """
     spec = read_json(checkpoint.path / "spec.json")
     if checkpoint.imported:
         batch_tokens = max(IMPORTED_BATCH_TOKENS, spec["seq_len"])
-        return {"seq_len": spec["seq_len"], "batch_tokens": batch_tokens, "lr": IMPORTED_LR}
+        return {"seq_len": spec["seq_len"], "batch_tokens": batch_tokens, "lr": IMPORTED_LR, "optimizer": "adamw"}
     return {
         "seq_len": spec["seq_len"],
         "batch_tokens": spec["batch_samples"] * spec["seq_len"],
         "lr": spec["schedule"]["peak_lr"],
+        "optimizer": spec.get("optimizer_kind", "adamw"),
     }
 
 

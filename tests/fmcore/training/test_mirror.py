@@ -19,7 +19,7 @@ from fmcore.training.optimizer import make_adamw
 def trainee(seed: int = 0) -> Trainee:
     torch.manual_seed(seed)
     model = torch.nn.Linear(3, 4)
-    return Trainee(model, make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1))
+    return Trainee(model, [make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)])
 
 
 def save(folder: Path, step: int) -> None:

@@ -42,12 +42,12 @@ def test_state_round_trip_continues_exactly(tmp_path: Path) -> None:
     optimizer = make_adamw(model.named_parameters(), **settings)
     for seed in range(3):
         step(model, optimizer, seed)
-    save_file(state_tensors(optimizer, names(model)), tmp_path / "optimizer.safetensors")
+    save_file(state_tensors([optimizer], names(model)), tmp_path / "optimizer.safetensors")
     copy, cold = network(), network()
     copy.load_state_dict(model.state_dict())
     cold.load_state_dict(model.state_dict())
     resumed = make_adamw(copy.named_parameters(), **settings)
-    load_state(resumed, names(copy), load_file(tmp_path / "optimizer.safetensors"))
+    load_state([resumed], names(copy), load_file(tmp_path / "optimizer.safetensors"))
     without = make_adamw(cold.named_parameters(), **settings)
     for seed in range(3, 6):
         step(model, optimizer, seed)

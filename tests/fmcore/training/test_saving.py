@@ -22,7 +22,7 @@ def trainee() -> Trainee:
     optimizer = make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
-    return Trainee(model, optimizer)
+    return Trainee(model, [optimizer])
 
 
 def state(step: int) -> TrainState:
@@ -47,7 +47,7 @@ def change(trainee: Trainee) -> None:
     with torch.no_grad():
         for parameter in trainee.parameters.values():
             parameter.add_(1)
-            trainee.optimizer.state[parameter]["exp_avg"].add_(1)
+            trainee.optimizers[0].state[parameter]["exp_avg"].add_(1)
 
 
 def test_what_is_written_is_the_state_at_the_save(

@@ -35,7 +35,7 @@ def trainee(seed: int = 0) -> Trainee:
     optimizer = make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
-    return Trainee(model, optimizer)
+    return Trainee(model, [optimizer])
 
 
 def state(step: int) -> TrainState:
@@ -57,7 +57,7 @@ def saved(latest: Path, *steps: int) -> Path:
 def same(a: Trainee, b: Trainee) -> bool:
     weights = all(torch.equal(a.parameters[name], b.parameters[name]) for name in a.parameters)
     states = [
-        torch.equal(a.optimizer.state[p][key], b.optimizer.state[b.parameters[name]][key])
+        torch.equal(a.optimizers[0].state[p][key], b.optimizers[0].state[b.parameters[name]][key])
         for name, p in a.parameters.items()
         for key in ("step", "exp_avg", "exp_avg_sq")
     ]
@@ -77,10 +77,10 @@ def test_going_back_to_before_the_first_step_leaves_no_moments(tmp_path: Path) -
     fresh = Trainee(model, make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1))
     save_latest(tmp_path, fresh, state(0), ANCHOR)
     model(torch.randn(5, 3)).square().sum().backward()
-    fresh.optimizer.step()
+    fresh.optimizers[0].step()
     assert fresh.snapshot().optimizer
     assert load_latest(tmp_path, fresh) == state(0)
-    assert not fresh.optimizer.state
+    assert not fresh.optimizers[0].state
     assert not fresh.snapshot().optimizer
 
 
