@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from fmcore.artifacts.files import sha256_file
+from fmcore.training.checkpoint import peek_latest
 from fmcore.training.metrics import read_metrics
 
 DRIVER = Path(__file__).parent / "fmcore" / "training" / "resume_driver.py"
@@ -37,6 +38,11 @@ class Case:
         folder = self.folder()
         rows = read_metrics(folder / "metrics.jsonl") if folder else []
         return rows[-1]["step"] if rows else 0
+
+    def saved_step(self) -> int:
+        """The step of the newest whole state; 0 before the first one after the start."""
+        folder = self.folder()
+        return int((peek_latest(folder / "latest") or {}).get("step", 0)) if folder else 0
 
 
 def prepare(folder: Path, given: dict[str, Any]) -> Case:

@@ -102,6 +102,7 @@ def test_killed_and_run_again_two_end_in_the_same_bits(prepared: Case, tmp_path:
     with training(case, log, until=5) as (driver, agent):
         workers = workers_of(agent)
         assert len(workers) == 2
+        wait_for(case.saved_step, "the first save")  # or there is nothing to go on from
         time.sleep(random.random() * 0.2)
         victims = {
             "worker": [random.choice(workers)], "agent": [agent], "parent": [psutil.Process(driver.pid)],

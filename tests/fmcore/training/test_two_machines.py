@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from fmcore.training.checkpoint import peek_latest
 from tests.resuming import DRIVER, GRACE_S, PATIENCE_S, Case, copy_of, finish, prepare, result, wait_for
 
 STEPS = 120
@@ -38,12 +37,6 @@ def alone(prepared: Case, tmp_path_factory: pytest.TempPathFactory) -> list[floa
 
 def losses(made: dict[str, Any]) -> list[float]:
     return [row["loss"] for row in made["rows"]]
-
-
-def saved_steps(case: Case) -> int:
-    """The step of the newest state that a training can go on from; 0 before the first one after its start."""
-    folder = case.folder()
-    return int((peek_latest(folder / "latest") or {}).get("step", 0)) if folder else 0
 
 
 def start(command: list[str], home: Path, log: Path, machine: list[str] | None = None) -> subprocess.Popen:
@@ -152,7 +145,7 @@ def test_a_cut_link_is_survived(
     log, other_log = tmp_path / "log", tmp_path / "other"
     driver, other = driver_on(case, log, first), join_on(case, other_log, second)
     try:
-        wait_for(lambda: saved_steps(case) or driver.poll() is not None, "training and saving")
+        wait_for(lambda: case.saved_step() or driver.poll() is not None, "training and saving")
         set_link(second, "down")
         time.sleep(1)
         reached = case.steps_done()
