@@ -25,18 +25,19 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(__file__).with_name(".peers")
 ARMS = ("strata", "bare loop", "Trainer", "Trainer+allocator", "Trainer+allocator, isolated")
-SEQ_LEN, ROWS, LR, WARMUP = 256, 16, 3e-4, 5
+SEQ_LEN, ROWS, LR, WARMUP = 256, 16, 3e-4, 4
+MICRO_ROWS = 8  # strata's own choice: 2,048 tokens
 COMPARED = 50  # steps whose losses are compared
-# vocabulary, width, layers, inner width; steps: of a run
+# vocabulary, width, layers, inner width; steps: of a run, of the first one and of those that only take the time
 WORKLOADS: dict[str, dict[str, int]] = {
-    "1m": {"vocabulary": 4096, "width": 128, "layers": 4, "inner": 344, "steps": 60},
-    "9m": {"vocabulary": 16_384, "width": 256, "layers": 6, "inner": 688, "steps": 56},
-    "30m": {"vocabulary": 32_768, "width": 384, "layers": 10, "inner": 1024, "steps": 25},
+    "1m": {"vocabulary": 4096, "width": 128, "layers": 4, "inner": 344, "first": 60, "steps": 40},
+    "9m": {"vocabulary": 16_384, "width": 256, "layers": 6, "inner": 688, "first": 56, "steps": 20},
+    "30m": {"vocabulary": 32_768, "width": 384, "layers": 10, "inner": 1024, "first": 25, "steps": 11},
 }
 
 
-def recipe(workload: str, corpus: Path) -> dict[str, Any]:
-    """A pretraining at a constant rate: the decay begins after the steps that are measured."""
+def recipe(workload: str, corpus: Path, steps: int) -> dict[str, Any]:
+    """A pretraining at a constant rate: only the last step's is lower."""
     size = WORKLOADS[workload]
     config = {
         "hidden_size": size["width"], "num_hidden_layers": size["layers"], "intermediate_size": size["inner"],
@@ -49,10 +50,10 @@ def recipe(workload: str, corpus: Path) -> dict[str, Any]:
         "tokenizer": {"vocab_size": min(size["vocabulary"], 16_384)},
         "model": {"preset": "tiny", "config": config},
         "train": {
-            "tokens": size["steps"] * SEQ_LEN * ROWS, "seq_len": SEQ_LEN, "batch_tokens": SEQ_LEN * ROWS, "lr": LR,
+            "tokens": steps * SEQ_LEN * ROWS, "seq_len": SEQ_LEN, "batch_tokens": SEQ_LEN * ROWS, "lr": LR,
             "warmup_fraction": 0, "decay_fraction": 0.01, "spike_sigma": 0,
         },
-        "execution": {"device": "cpu", "save_interval_s": 1e6, "micro_batch": ROWS},
+        "execution": {"device": "cpu", "save_interval_s": 1e6},
     }  # fmt: skip
 
 
@@ -66,20 +67,21 @@ def prepare(folder: Path, workload: str) -> None:
     from fmcore.training.batches import Batches
 
     make_corpus(folder / "corpus", size="fast")
-    spec = _spec(folder, workload)[0]
+    steps = WORKLOADS[workload]["first"]
+    spec = _spec(folder, workload, steps)[0]
     batches = Batches(spec, pad_id=0)
-    steps = [batches.at(step) for step in range(WORKLOADS[workload]["steps"])]
+    made = [batches.at(step) for step in range(steps)]
     model = build_model(spec.model or {}, load_tokenizer(spec.tokenizer), spec.seq_len, spec.seed)
     model.save_pretrained(str(folder / workload / "weights"))
     np.savez(
         folder / workload / "rows.npz",
-        input_ids=np.stack([step.input_ids.numpy() for step in steps]),
-        labels=np.stack([step.labels.numpy() for step in steps]),
-        position_ids=np.stack([step.position_ids.numpy() for step in steps]),
+        input_ids=np.stack([step.input_ids.numpy() for step in made]),
+        labels=np.stack([step.labels.numpy() for step in made]),
+        position_ids=np.stack([step.position_ids.numpy() for step in made]),
     )
 
 
-def _spec(folder: Path, workload: str) -> tuple[Any, ...]:
+def _spec(folder: Path, workload: str, steps: int) -> tuple[Any, ...]:
     from fmcore.artifacts.store import Store
     from fmcore.data.prepare import prepare_documents
     from fmcore.planning.steps import stage_steps, tokenizer_of
@@ -87,21 +89,21 @@ def _spec(folder: Path, workload: str) -> tuple[Any, ...]:
     from fmcore.tokens.tokenize import tokenize_documents
     from fmcore.training.train import make_spec
 
-    parsed = parse_recipe(recipe(workload, folder / "corpus" / "corpus" / "base.jsonl"))
+    parsed = parse_recipe(recipe(workload, folder / "corpus" / "corpus" / "base.jsonl", steps))
     store = Store(folder / workload / "home")
-    steps = stage_steps(parsed, None, store.digests)
-    documents = prepare_documents(steps.documents, parsed.data, None, store)
-    shards = tokenize_documents(steps.shards, documents, tokenizer_of(parsed), None, store)
-    return make_spec(shards, parsed, None, store), parsed, store, steps, shards
+    planned = stage_steps(parsed, None, store.digests)
+    documents = prepare_documents(planned.documents, parsed.data, None, store)
+    shards = tokenize_documents(planned.shards, documents, tokenizer_of(parsed), None, store)
+    return make_spec(shards, parsed, None, store), parsed, store, planned, shards
 
 
-def run_strata(folder: Path, workload: str) -> dict[str, Any]:
+def run_strata(folder: Path, workload: str, steps: int) -> dict[str, Any]:
     """A real training, in the process that `strata run` starts; its artifact is removed again."""
     from fmcore.training.metrics import read_metrics
     from fmcore.training.train import train_checkpoint
 
-    _, parsed, store, steps, shards = _spec(folder, workload)
-    made = train_checkpoint(steps.checkpoint, shards, parsed, None, store, on_line=lambda line: None)
+    _, parsed, store, planned, shards = _spec(folder, workload, steps)
+    made = train_checkpoint(planned.checkpoint, shards, parsed, None, store, on_line=lambda line: None)
     rows = read_metrics(made.path / "metrics.jsonl")
     result = {
         "seconds": [SEQ_LEN * ROWS / row["tokens_per_sec"] for row in rows], "losses": [row["loss"] for row in rows],
@@ -111,8 +113,8 @@ def run_strata(folder: Path, workload: str) -> dict[str, Any]:
     return result
 
 
-def run_bare(folder: Path, workload: str) -> dict[str, Any]:
-    """Forty lines: the same decoder, loss, optimizer and rows, and nothing around them."""
+def run_bare(folder: Path, workload: str, steps: int) -> dict[str, Any]:
+    """Forty lines: the same decoder, loss, optimizer, rows and micro-batches, and nothing around them."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -127,13 +129,15 @@ def run_bare(folder: Path, workload: str) -> dict[str, Any]:
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = LR
     rows = {name: torch.from_numpy(values) for name, values in np.load(folder / workload / "rows.npz").items()}
     seconds, losses = [], []
-    for step in range(WORKLOADS[workload]["steps"]):
+    for step in range(steps):
         start = time.perf_counter()
-        labels = rows["labels"][step]
-        where, targets = labelled(labels)
-        micro = Micro(rows["input_ids"][step], rows["position_ids"][step], where, targets, {})
-        loss = model(micro, len(targets))
-        loss.backward()
+        num_labels = int((rows["labels"][step] >= 0).sum())
+        loss = torch.zeros(())
+        for piece in (slice(at, at + MICRO_ROWS) for at in range(0, ROWS, MICRO_ROWS)):
+            given = rows["input_ids"][step, piece], rows["position_ids"][step, piece]
+            part = model(Micro(*given, *labelled(rows["labels"][step, piece]), {}), num_labels)
+            part.backward()
+            loss += part.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -142,7 +146,7 @@ def run_bare(folder: Path, workload: str) -> dict[str, Any]:
     return {"seconds": seconds, "losses": losses, "peak_mb": _peak_mb()}
 
 
-def run_trainer(folder: Path, workload: str, *, isolated: bool) -> dict[str, Any]:
+def run_trainer(folder: Path, workload: str, steps: int, *, isolated: bool) -> dict[str, Any]:
     """transformers' Trainer; knows nothing of Strata, whose environment it does not share."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -150,7 +154,7 @@ def run_trainer(folder: Path, workload: str, *, isolated: bool) -> dict[str, Any
     given = np.load(folder / workload / "rows.npz")
     columns = {"input_ids": "input_ids", "labels": "labels", "shift_labels": "labels"}
     columns |= {"position_ids": "position_ids"} if isolated else {}
-    rows = {name: torch.from_numpy(given[source]).flatten(0, 1) for name, source in columns.items()}
+    rows = {name: torch.from_numpy(given[source][:steps]).flatten(0, 1) for name, source in columns.items()}
     times, losses = [time.perf_counter()], []
 
     class Rows(torch.utils.data.Dataset):
@@ -190,7 +194,7 @@ def _peak_mb() -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def run_arm(arm: str, folder: Path, workload: str) -> dict[str, Any]:
+def run_arm(arm: str, folder: Path, workload: str, steps: int) -> dict[str, Any]:
     """One arm in a process of its own."""
     theirs = arm.startswith("Trainer")
     python = str(PEERS / "bin" / "python") if theirs else sys.executable
@@ -200,6 +204,7 @@ def run_arm(arm: str, folder: Path, workload: str) -> dict[str, Any]:
 
         environment |= ALLOCATOR
     command = [python, "-P", __file__, "--arm", arm, "--folder", str(folder), "--workloads", workload]
+    command += ["--steps", str(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{arm}, {workload}: {done.stderr[-2000:]}")
@@ -233,7 +238,8 @@ def report(results: list[dict[str, Any]], workload: str) -> None:
     parameters = by_arm["strata"][repeats[0]]["parameters"]
     print(
         f"\n{workload}: {parameters / 1e6:.1f} M parameters, vocabulary {WORKLOADS[workload]['vocabulary']:,}, "
-        f"{ROWS}x{SEQ_LEN} tokens a step, {WORKLOADS[workload]['steps']} steps, {len(repeats)} repeats; "
+        f"{ROWS}x{SEQ_LEN} tokens a step, {WORKLOADS[workload]['first']} steps, then {WORKLOADS[workload]['steps']}, "
+        f"{len(repeats)} repeats; "
         f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers "
         f"{version('transformers')}, fp32\n"
     )
@@ -244,8 +250,8 @@ def report(results: list[dict[str, Any]], workload: str) -> None:
         return SEQ_LEN * ROWS / statistics.median(by_arm[arm][repeat]["seconds"][WARMUP:])
 
     for arm in ARMS:
-        ours = by_arm["strata"][repeats[0]]["losses"][:COMPARED]
-        theirs = by_arm[arm][repeats[0]]["losses"][:COMPARED]
+        compared = min(COMPARED, WORKLOADS[workload]["first"] - 1)  # the last one's rate is strata's own
+        ours, theirs = (by_arm[name][0]["losses"][:compared] for name in ("strata", arm))
         far = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         ratio, bare, memory = (
             statistics.median(values) for values in (
@@ -267,6 +273,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("trainers-data"), help="what is prepared, and the results")
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -275,9 +282,9 @@ def main() -> None:
         runs = {"strata": run_strata, "bare loop": run_bare}
         if args.arm in runs:
             sys.path[:0] = [str(ROOT)]
-            result = runs[args.arm](folder, workload)
+            result = runs[args.arm](folder, workload, args.steps)
         else:
-            result = run_trainer(folder, workload, isolated=args.arm.endswith("isolated"))
+            result = run_trainer(folder, workload, args.steps, isolated=args.arm.endswith("isolated"))
         print(json.dumps(result))
         return
     sys.path[:0] = [str(ROOT)]
@@ -291,7 +298,8 @@ def main() -> None:
                 arm = ARMS[(place + repeat) % len(ARMS)]
                 if any((r["workload"], r["arm"], r["repeat"]) == (workload, arm, repeat) for r in _read(kept)):
                     continue
-                result = {"workload": workload, "arm": arm, "repeat": repeat, **run_arm(arm, folder, workload)}
+                steps = WORKLOADS[workload]["steps" if repeat else "first"]
+                result = {"workload": workload, "arm": arm, "repeat": repeat, **run_arm(arm, folder, workload, steps)}
                 with kept.open("a") as file:
                     file.write(json.dumps(result) + "\n")
                 rate = SEQ_LEN * ROWS / statistics.median(result["seconds"][WARMUP:])
