@@ -393,8 +393,8 @@ def report(results: list[dict[str, Any]], folder: Path, workload: str, arms: lis
         f"\n{workload}: {about['parameters'] / 1e6:.1f} M parameters, vocabulary {WORKLOADS[workload]['vocabulary']:,};"
         f" {about['records']} records, {about['tokens'] / about['records']:.0f} tokens on average, median "
         f"{about['median_length']:.0f}, longest {about['longest']}; one epoch, lr {LR:g} constant; TRL: {MICRO} "
-        f"records x {ACCUMULATED} passes a step, strata and packed TRL: {about['rows']} rows of {SEQ_LEN}; {len(repeats)} "
-        f"repeats; {platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers "
+        f"records x {ACCUMULATED} passes a step, strata and packed TRL: {about['rows']} rows of {SEQ_LEN}; "
+        f"{len(repeats)} repeats; {platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers "
         f"{version('transformers')}, TRL {TRL}, fp32\n"
     )
     print("| arm | positions that are tokens | steps | tokens a step | tokens/s | against padded | peak MB | against "
