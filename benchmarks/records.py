@@ -1,6 +1,6 @@
 """Fine-tuning on short records side by side: Strata, and TRL's SFTTrainer padded, padding-free and packed.
 
-    python benchmarks/records.py [--workloads 9m] [--repeats 5] [--arms ...] [--records 320] [--data FILE]
+    python benchmarks/records.py [--workloads 9m] [--repeats 5] [--arms ...] [--records 256] [--data FILE]
                                  [--folder records-data]
 
 Records have lengths like alpaca's: lognormal, 90 tokens on average, 512 at most, cut by a fixed seed from the demo's
@@ -468,8 +468,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", default=["9m"], choices=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--records", type=int, default=320, help="to train on")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:4], choices=list(ARMS))
+    parser.add_argument("--records", type=int, default=256, help="to train on")
     parser.add_argument("--data", type=Path, help="records of your own instead of those cut from the demo's corpus")
     parser.add_argument("--folder", type=Path, default=Path("records-data"), help="what is prepared, and the results")
     parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
