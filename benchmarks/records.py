@@ -47,7 +47,7 @@ TEMPLATE_TOKENS = 10  # that the chat template adds to a record, about
 HELD_OUT = 96
 # vocabulary, width, layers, inner width; steps: that the base is pretrained for
 WORKLOADS: dict[str, dict[str, int]] = {
-    "1m": {"vocabulary": 4096, "width": 128, "layers": 4, "inner": 344, "steps": 60},
+    "1m": {"vocabulary": 4096, "width": 128, "layers": 4, "inner": 344, "steps": 20},
     "9m": {"vocabulary": 16_384, "width": 256, "layers": 6, "inner": 688, "steps": 30},
 }
 
@@ -183,6 +183,8 @@ def _tuning(folder: Path, workload: str, *, swapped: bool = False) -> tuple[Any,
     from fmcore.tokens.tokenize import tokenize_documents
 
     base, parent = _base(folder, workload)
+    if base.final != folder / _prepared(folder)["weights"]:
+        raise SystemExit(f"{folder} was prepared by another version; remove it, and begin again")
     files = [folder / "train.jsonl", folder / "heldout.jsonl"][:: -1 if swapped else 1]
     store, parsed = Store(folder / "home"), parse_recipe(tuning_recipe(*files, _prepared(folder)["rows"]))
     above = ParentRef(parent.model, parent.fingerprint, base.fingerprint)

@@ -57,7 +57,6 @@ class EnoughError(Exception):
 
 def train(home: Path, given: dict[str, Any], steps: int) -> dict[str, float]:
     """The first steps of a training: their seconds, and those between them."""
-    from fmcore.artifacts.files import read_json
     from fmcore.artifacts.store import Store
     from fmcore.data.prepare import prepare_documents
     from fmcore.planning.steps import stage_steps, tokenizer_of
@@ -72,12 +71,14 @@ def train(home: Path, given: dict[str, Any], steps: int) -> dict[str, float]:
     shards = tokenize_documents(made.shards, documents, tokenizer_of(parsed), None, store)
     store.discard_partial(made.checkpoint)  # of the run before: training would go on from there
     seen: list[Path] = []
+    saved: set[int] = set()
 
     @contextmanager
     def watch(metrics: Path, spec: Any) -> Iterator[Callable[[], None]]:
         seen.append(metrics)
 
         def look() -> None:
+            saved.update(int(path.name.split("-")[1]) for path in metrics.parent.glob("latest/step-????????"))
             if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
                 raise EnoughError
 
@@ -87,8 +88,7 @@ def train(home: Path, given: dict[str, Any], steps: int) -> dict[str, float]:
         train_checkpoint(made.checkpoint, shards, parsed, None, store, on_line=lambda line: None, watch=watch)
     [metrics] = seen
     rows = read_metrics(metrics)[:steps]
-    kept = max(metrics.parent.glob("latest/step-*/state.json"), key=lambda path: path.stat().st_mtime)
-    saves = read_json(kept)["effort"]["saves"] - 2  # without those at the start and at the stop
+    saves = sum(WARMUP <= step < steps for step in saved)
     store.discard_partial(made.checkpoint)
     seconds = [BATCH_TOKENS / row["tokens_per_sec"] for row in rows]
     ends = [row["time"] for row in rows]
