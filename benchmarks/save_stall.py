@@ -1,10 +1,13 @@
 """What saving costs a training: time that training waits, and steps that are slower while a state is written.
 
-    python benchmarks/save_stall.py [--steps 40] [--repeats 3] [--every 60] [--layers 10]
+    python benchmarks/save_stall.py [--steps 80] [--repeats 1] [--every 60] [--layers 10] [--folder save-stall-data]
 
-A decoder of 30 M parameters (width 384, vocabulary 32,768) is trained twice, in turn: with a save every so many
-seconds, and with none between the first and the last. Both are real trainings, in the process that `strata run`
-starts. Seconds waited are the training's own count; step times are those in metrics.jsonl. Prints a table in markdown.
+A decoder of 30 M parameters (width 384, vocabulary 32,768) is trained, in turn, with a save every so many seconds
+(execution.save_interval_s), and with none. Both are real trainings, in the process that `strata run` starts, of a run
+of 2,000 steps that is stopped after some: training also saves at anchors, a hundred steps apart in a run as long, ten
+in a short one. Seconds waited are those between the end of a step and the beginning of the next, by the times in
+metrics.jsonl, the saves at the start and at the stop apart; where nothing is saved, a line of the log is what is
+written there. What is done is kept in the folder: stopped, the same command goes on. Prints a table in markdown.
 """
 
 import argparse
@@ -14,27 +17,30 @@ import platform
 import random
 import statistics
 import sys
-import tempfile
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 BATCH_TOKENS, SEQ_LEN, VOCABULARY = 1024, 256, 32_768
+PLANNED_STEPS = 2000
 NEVER_S = 1e6
 WARMUP = 2
 
 
-def recipe(corpus: Path, steps: int, layers: int, every_s: float) -> dict[str, Any]:
-    """A pretraining of so many steps."""
+def recipe(corpus: Path, layers: int, every_s: float) -> dict[str, Any]:
+    """A long pretraining."""
     return {
         "kind": "pretrain", "name": "bench",
         "data": {"sources": [{"name": "made", "path": str(corpus), "format": "json"}], "holdout": 0.1},
         "tokenizer": {"vocab_size": 1000},
         "model": {"preset": "small", "config": {"num_hidden_layers": layers, "vocab_size": VOCABULARY}},
-        "train": {"tokens": steps * BATCH_TOKENS, "seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS, "lr": 1e-3},
-        "execution": {"save_interval_s": every_s, "device": "cpu"},
+        "train": {
+            "tokens": PLANNED_STEPS * BATCH_TOKENS, "seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS, "lr": 1e-3,
+        },
+        "execution": {"save_interval_s": every_s, "device": "cpu", "grace_s": 120},
     }  # fmt: skip
 
 
@@ -45,8 +51,12 @@ def write_corpus(path: Path) -> None:
     path.write_text("".join(json.dumps({"text": " ".join(chance.choices(words, k=120))}) + "\n" for _ in range(2000)))
 
 
-def train(home: Path, given: dict[str, Any]) -> dict[str, float]:
-    """One training in a home of its own: seconds of its steps, and what saves cost."""
+class EnoughError(Exception):
+    """So many steps are done."""
+
+
+def train(home: Path, given: dict[str, Any], steps: int) -> dict[str, float]:
+    """The first steps of a training: their seconds, and those between them."""
     from fmcore.artifacts.store import Store
     from fmcore.data.prepare import prepare_documents
     from fmcore.planning.steps import stage_steps, tokenizer_of
@@ -56,56 +66,95 @@ def train(home: Path, given: dict[str, Any]) -> dict[str, float]:
     from fmcore.training.train import train_checkpoint
 
     store, parsed = Store(home), parse_recipe(given)
-    steps = stage_steps(parsed, None, store.digests)
-    documents = prepare_documents(steps.documents, parsed.data, None, store)
-    shards = tokenize_documents(steps.shards, documents, tokenizer_of(parsed), None, store)
-    began = time.perf_counter()
-    made = train_checkpoint(steps.checkpoint, shards, parsed, None, store, on_line=lambda line: None)
-    seconds = [BATCH_TOKENS / row["tokens_per_sec"] for row in read_metrics(made.path / "metrics.jsonl")][WARMUP:]
+    made = stage_steps(parsed, None, store.digests)
+    documents = prepare_documents(made.documents, parsed.data, None, store)
+    shards = tokenize_documents(made.shards, documents, tokenizer_of(parsed), None, store)
+    store.discard_partial(made.checkpoint)  # of the run before: training would go on from there
+    seen: list[Path] = []
+    saved: set[int] = set()
+
+    @contextmanager
+    def watch(metrics: Path, spec: Any) -> Iterator[Callable[[], None]]:
+        seen.append(metrics)
+
+        def look() -> None:
+            saved.update(int(path.name.split("-")[1]) for path in metrics.parent.glob("latest/step-????????"))
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
+                raise EnoughError
+
+        yield look
+
+    with suppress(EnoughError):
+        train_checkpoint(made.checkpoint, shards, parsed, None, store, on_line=lambda line: None, watch=watch)
+    [metrics] = seen
+    rows = read_metrics(metrics)[:steps]
+    saves = sum(WARMUP <= step < steps for step in saved)
+    store.discard_partial(made.checkpoint)
+    seconds = [BATCH_TOKENS / row["tokens_per_sec"] for row in rows]
+    ends = [row["time"] for row in rows]
+    waits = [end - before - took for before, end, took in zip(ends, ends[1:], seconds[1:], strict=False)]
+    counted = slice(WARMUP - 1, None)
     return {
-        "parameters": made.num_parameters, "median": statistics.median(seconds), "mean": statistics.mean(seconds),
-        "saves": made.figures["saves"], "stall": made.figures["save_stall"], "wall": time.perf_counter() - began,
+        "mean": statistics.mean(seconds[WARMUP:]), "median": statistics.median(seconds[WARMUP:]), "saves": saves,
+        "stall": sum(waits[counted]) / (ends[-1] - ends[WARMUP - 1]), "longest": max(waits[counted]),
+        "seconds": ends[-1] - ends[WARMUP - 1],
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=80, help="taken of a run's 2,000; its anchors are 100 apart")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--every", type=float, default=60, help="seconds between saves")
     parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("save-stall-data"), help="a home, and the results")
     args = parser.parse_args()
-    arms = {f"a save every {args.every:g} s": args.every, "none between first and last": NEVER_S}
-    results: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_corpus(folder / "corpus.jsonl")
-        for repeat in range(args.repeats):
-            for arm in [*arms][:: 1 - 2 * (repeat % 2)]:
-                given = recipe(folder / "corpus.jsonl", args.steps, args.layers, arms[arm])
-                results[arm].append(train(folder / f"{repeat}-{arms[arm]:g}", given))
-                print(f"{repeat} {arm}: {results[arm][-1]}", file=sys.stderr, flush=True)
-    report(results, args)
+    arms = {f"a save every {args.every:g} s": args.every, "none": NEVER_S}
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_corpus(folder / "corpus.jsonl")
+    kept = folder / "results.jsonl"
+    for repeat in range(args.repeats):
+        for arm in [*arms][:: 1 - 2 * (repeat % 2)]:
+            key = {"arm": arm, "repeat": repeat, "steps": args.steps, "layers": args.layers}
+            if any(key.items() <= result.items() for result in _read(kept)):
+                continue
+            measured = train(folder / "home", recipe(folder / "corpus.jsonl", args.layers, arms[arm]), args.steps)
+            with kept.open("a") as file:
+                file.write(json.dumps({**key, **measured}) + "\n")
+            print(f"{repeat} {arm}: {measured}", file=sys.stderr, flush=True)
+    mine = [r for r in _read(kept) if (r["steps"], r["layers"]) == (args.steps, args.layers)]
+    report({arm: {r["repeat"]: r for r in mine if r["arm"] == arm} for arm in arms}, args)
 
 
-def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
+def report(results: dict[str, dict[int, dict[str, float]]], args: argparse.Namespace) -> None:
     """The table."""
     import torch
 
-    [parameters] = {run["parameters"] for runs in results.values() for run in runs}
+    repeats = sorted(set.intersection(*[set(runs) for runs in results.values()]))
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {parameters / 1e6:.1f} M parameters,"
-        f" {args.steps} steps of {BATCH_TOKENS:,} tokens, medians of {args.repeats}\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {args.layers} layers of 384, "
+        f"vocabulary {VOCABULARY:,}, {args.steps} steps of {BATCH_TOKENS:,} tokens, medians of {len(repeats)}\n"
     )
-    print("| | saves | waiting for them, of the time | mean step | against none |\n|---|---|---|---|---|")
-    _, without = results.values()
+    print("| | seconds | saves | waiting between steps, of the time | longest wait | mean step | against none "
+          "| median step | against none |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for arm, runs in results.items():
-        ratio = statistics.median(mine["mean"] / none["mean"] for mine, none in zip(runs, without, strict=True))
-        print(
-            f"| {arm} | {statistics.median(run['saves'] for run in runs):.0f} "
-            f"| {statistics.median(run['stall'] for run in runs):.2%} "
-            f"| {statistics.median(run['mean'] for run in runs):.3f} s | {ratio:.3f} |"
+        means, medians = (
+            statistics.median(runs[n][key] / results["none"][n][key] for n in repeats) for key in ("mean", "median")
         )
+
+        def typical(key: str, runs: dict[int, dict[str, float]] = runs) -> float:
+            return statistics.median(runs[n][key] for n in repeats)
+
+        print(
+            f"| {arm} | {typical('seconds'):.0f} | {typical('saves'):.0f} | {typical('stall'):.2%} "
+            f"| {typical('longest'):.3f} s | {typical('mean'):.3f} s | {means:.3f} | {typical('median'):.3f} s "
+            f"| {medians:.3f} |"
+        )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Rules that hold for the repository as a whole: imports, forbidden calls, foreign files beside the user."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -76,6 +77,25 @@ def test_no_path_of_any_machine_is_written_down() -> None:
 def test_every_module_says_what_it_is() -> None:
     silent = [str(path.relative_to(ROOT)) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []
+
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
+def test_a_benchmark_says_how_it_is_run_and_imports_what_there_is(path: Path) -> None:
+    """They are run by hand, and rarely: a name that has moved would be noticed late."""
+    tree = ast.parse(path.read_text())
+    assert f"python benchmarks/{path.name}" in (ast.get_docstring(tree) or "")
+    missing = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES
+        for alias in node.names
+        if not hasattr(importlib.import_module(node.module), alias.name)
+        and not importlib.util.find_spec(f"{node.module}.{alias.name}")
+    ]
+    assert missing == []
 
 
 RECIPE = """
