@@ -1,4 +1,4 @@
-"""`strata init`: looks at data, writes a recipe for it (`deployments.draft`), and prints its plan."""
+"""`strata init`: looks at data, writes a recipe for it (`deployments.drafts`), and prints its plan."""
 
 import os
 import re
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deployments.draft import Draft, Line, source_name
+from deployments.drafts.lines import Line, source_name
+from deployments.drafts.records import RecordsDraft
+from deployments.drafts.text import TextDraft
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.errors import StrataError, UserInputError
@@ -35,8 +37,11 @@ def init_recipe(
     target = out or Path(f"{name}{SUFFIXES[kind]}.yaml")
     if target.exists() and not force:
         raise UserInputError(f"{target} is there already; give another file with --out, or overwrite it with --force")
-    draft = Draft(target.absolute().parent, store)
-    written = draft.finetune(name, paths, parent) if kind == "finetune" else draft.text(kind, name, paths, parent)
+    folder = target.absolute().parent
+    if kind == "finetune":
+        written = RecordsDraft(folder, store).lines(name, paths, parent)
+    else:
+        written = TextDraft(folder, store).lines(kind, name, paths, parent)
     _write(target, written)
     console.print(f"wrote {target}", highlight=False)
     _show_plan(target, console)
