@@ -35,7 +35,12 @@ def print_plan(recipe: Recipe, console: Console, *, as_json: bool = False) -> No
     stages = plan_recipe(recipe)
     if as_json:
         console.print_json(json.dumps({"stages": [_as_json(stage) for stage in stages], **_totals(stages)}))
-        return
+    else:
+        print_stages(stages, console)
+
+
+def print_stages(stages: list[StagePlan], console: Console) -> None:
+    """The tables and totals of a plan that is made."""
     for stage in stages:
         _print_stage(stage, console)
     if len(stages) > 1:

@@ -4,32 +4,35 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmcore.data.look import RecordsLook, Sample, TextLook
 from fmcore.errors import DataError
-from fmcore.planning.sizes import BUDGET_S
 
 GENERIC_NAMES = re.compile(
     r"^(train|training|data|dataset|input|part|shard|all|index|documents)[-_.\d]*$", re.IGNORECASE
 )
 MAX_UPS = 2  # `..`s in a path that still reads as "near the recipe"
 COMMENT_COLUMN = 44
-MINUTES = f"meant for {BUDGET_S / 60:.0f} minutes at the most"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the recipe and what stands behind it."""
+    """A line of the recipe and what stands behind it. timed: it decides how long the training takes."""
 
     text: str
     comment: str = ""
+    timed: bool = False
 
     def __str__(self) -> str:
         """Field and file names come from the data: a line break in one must not end a comment."""
         text, comment = (re.sub(r"[\x00-\x1f\x85\u2028\u2029]+", " ", part) for part in (self.text, self.comment))
         return f"{text:<{COMMENT_COLUMN}} # {comment}" if comment else text
+
+    def foretold(self, seconds: float) -> "Line":
+        """The line with the time that the plan of the recipe foretells, where it is the one that decides it."""
+        return replace(self, comment=f"{self.comment}; {shown_time(seconds)} by the plan") if self.timed else self
 
 
 def header(kind: str) -> list[Line]:
@@ -106,6 +109,14 @@ def shown_size(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.{0 if num_bytes >= 10 * unit else 1}f} {name}"
     return f"{num_bytes:.0f} bytes"
+
+
+def shown_time(seconds: float) -> str:
+    """About how long something takes, for people."""
+    minutes = round(seconds / 60)
+    if minutes >= 120:
+        return f"about {minutes / 60:.0f} hours"
+    return f"about {minutes} minute{'s' if minutes > 1 else ''}" if minutes else "less than a minute"
 
 
 def scalar(value: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deployments.drafts.lines import (
-    MINUTES,
     Line,
     enough_held_out,
     header,
@@ -136,10 +135,10 @@ class RecordsDraft:
         whole = 2 * tokens * fitting
         if shape and whole > affordable:
             budget = rounded(affordable)
-            yield Line(f"  tokens: {budget:_}", f"{MINUTES}; an epoch is about {rounded(tokens * fitting):,}")
+            yield Line(f"  tokens: {budget:_}", f"an epoch is about {rounded(tokens * fitting):,}", timed=True)
         else:
             budget = rounded(whole)
-            yield Line("  epochs: 2", f"about {budget:,} tokens")
+            yield Line("  epochs: 2", f"about {budget:,} tokens", timed=True)
         if seq_len:
             yield Line(
                 f"  seq_len: {seq_len}", f"tokens; about {100 * fitting:.0f} % of the records fit, the rest is left out"

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deployments.drafts.lines import (
-    MINUTES,
     Line,
     enough_held_out,
     header,
@@ -86,7 +85,7 @@ class TextDraft:
         yield Line(f"tokenizer: {{vocab_size: {sizes.vocab_size}}}", f"for {shown_size(num_bytes)} of text")
         yield Line(f"model: {{preset: {sizes.preset}}}", "tiny | small | 125m | 1b")
         yield Line("train:")
-        yield Line(f"  tokens: {sizes.tokens:_}", f"{sizes.epochs:.2g} epochs; {MINUTES}")
+        yield Line(f"  tokens: {sizes.tokens:_}", f"{sizes.epochs:.2g} epochs", timed=True)
         yield Line(f"  seq_len: {sizes.seq_len}", "context, in tokens")
         yield Line(f"  batch_tokens: {sizes.batch_tokens}", f"{sizes.tokens // sizes.batch_tokens:,} steps")
         yield Line(f"  lr: {sizes.lr:g}")
@@ -98,10 +97,16 @@ class TextDraft:
         affordable = rounded(BUDGET_S * usual_rate(TINY, self._store) / (6 * TINY))
         if tokens <= affordable:
             yield Line(
-                "train: {epochs: 1}", f"{shown_size(num_bytes)}, about {rounded(tokens):,} tokens, if all is new"
+                "train: {epochs: 1}",
+                f"{shown_size(num_bytes)}, about {rounded(tokens):,} tokens, if all is new",
+                timed=True,
             )
         else:
-            yield Line(f"train: {{tokens: {affordable:_}}}", f"of about {rounded(tokens):,}; what is left stays new")
+            yield Line(
+                f"train: {{tokens: {affordable:_}}}",
+                f"of about {rounded(tokens):,}; what is left stays new",
+                timed=True,
+            )
         yield Line("gate: {max_regression_bpb: 0.01}", "tolerated loss on old data, in bits per byte")
 
 
