@@ -19,7 +19,8 @@ import fsspec
 from fmcore.artifacts.files import CHUNK_BYTES, DigestCache
 from fmcore.data.unpacking import Unpacked
 from fmcore.errors import DataError
-from fmcore.recipes.paths import is_url
+from fmcore.recipes.paths import is_url, where_credentials_go
+from fmcore.redaction import holds_credentials
 
 BLOCK_BYTES = 4 << 20  # of an object that is read ahead; s3fs would hold 50 MiB
 SOCKET_SECONDS = 60  # a server that is silent for longer is given up
@@ -53,6 +54,11 @@ def find_files(path: str, *, field: str) -> list[SourceFile]:
     where it cannot be looked at.
     """
     if is_url(path):
+        if holds_credentials(path):  # no recipe can: this is a path of the command line
+            raise DataError(
+                f"{field}: {path} holds credentials (left out here), and recipes and records name it where many can "
+                f"read it; take them out and put them {where_credentials_go(path)}"
+            )
         with _reaching(path, field):
             return _find_remote(path, field)
     try:
@@ -185,12 +191,19 @@ def _reaching(path: str, field: str = "") -> Iterator[None]:
     except OSError as error:
         cause = error.__cause__ or error
         why = error.strerror or str(cause) or type(cause).__name__
-        raise DataError(f"{where}cannot read {path}: {why}") from error
+        raise DataError(f"{where}cannot read {path}: {why}{_login_hint(path, cause)}") from error
     except Exception as error:
         if not is_url(path):
             raise
         # each driver has exceptions of its own, and all of them say that the path cannot be read
-        raise DataError(f"{where}cannot read {path}: {error or type(error).__name__}") from error
+        raise DataError(
+            f"{where}cannot read {path}: {error or type(error).__name__}{_login_hint(path, error)}"
+        ) from error
+
+
+def _login_hint(path: str, error: BaseException) -> str:
+    asked = getattr(error, "status", None) == 401
+    return f"; user and password belong {where_credentials_go(path)}" if asked else ""
 
 
 def _protocol(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from fmcore.recipes.paths import where_credentials_go
 from fmcore.redaction import holds_credentials
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -36,10 +37,10 @@ def _title(name: str, field: object) -> str:
     return TITLES.get(name) or name.rstrip("_").replace("_", " ").capitalize()
 
 
-_WHERE_CREDENTIALS_GO = {
-    "tracking_uri": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a database's "
-    "whole address into MLFLOW_TRACKING_URI"
-}
+_TRACKING_CREDENTIALS = (
+    "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a database's whole address "
+    "into MLFLOW_TRACKING_URI"
+)
 
 
 class Block(BaseModel):
@@ -56,12 +57,10 @@ class Block(BaseModel):
     @classmethod
     def _no_credentials(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str) and holds_credentials(value):
-            variables = _WHERE_CREDENTIALS_GO.get(
-                info.field_name or "", "those that the storage reads, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
+            where = _TRACKING_CREDENTIALS if info.field_name == "tracking_uri" else where_credentials_go(value)
             raise ValueError(
                 f"the address holds credentials, and recipes are stored where many can read them; take them out and "
-                f"put them into environment variables: {variables}"
+                f"put them {where}"
             )
         return value
 
