@@ -84,8 +84,8 @@ def _find_local(path: str, field: str) -> list[str]:
     found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())  # noqa: PTH207
     if not found:
         what = "no file matches" if glob.has_magic(path) else "there is no file or folder"
-        hint = "" if field.startswith("--") else "; relative paths are read from the recipe's folder"
-        raise DataError(f"{field}: {what} {path}{hint}")
+        hint = "; a relative path is read from the recipe's folder, one of --set from the working directory"
+        raise DataError(f"{field}: {what} {path}{'' if field.startswith('--') else hint}")
     return found
 
 
