@@ -95,7 +95,7 @@ def what_was_seen(sample: Sample) -> Iterator[str]:
     if sample.problems:
         yield f"{len(sample.problems):,} cannot be read, the first: {sample.problems[0]}"
     if sample.data.left_out:
-        yield f"left out, of another format: {joined(list(sample.data.left_out))}"
+        yield f"left out, no data by name or format: {joined(list(sample.data.left_out))}"
 
 
 def joined(names: list[str], most: int = 8) -> str:

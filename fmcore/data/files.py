@@ -28,6 +28,9 @@ WEB = ("http", "https")
 # what a driver tells of an object that changes whenever its bytes do, the best first
 ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5")
 TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime", "updated")
+# by their names; text has none of its own, for code is text as well
+SUFFIXES = {"json": (".json", ".jsonl", ".ndjson"), "parquet": (".parquet", ".pq")}
+COMPRESSED = (".gz", ".zst")
 DRIVERS = {"s3": "pip install 'strata[s3]'", "s3a": "pip install 'strata[s3]'"}
 
 
@@ -47,12 +50,37 @@ class SourceFile:
         return self.path
 
 
-def find_files(path: str, *, field: str) -> list[SourceFile]:
+def find_files(path: str, *, field: str, format: str = "") -> list[SourceFile]:
     """Files behind a file, folder or glob, sorted by path; hidden ones are left out.
 
-    field: the recipe field that named it, for the message. Raises DataError where there is nothing, or
-    where it cannot be looked at.
+    field: the recipe field that named it, for the message. format: of a folder, its files of this format alone
+    (`of_format`). Raises DataError where there is nothing, or where it cannot be looked at.
     """
+    found = _find(path, field)
+    return found if glob.has_magic(path) else of_format(found, format)[0]
+
+
+def of_format(files: list[SourceFile], format: str) -> tuple[list[SourceFile], list[SourceFile]]:
+    """(files of a format by their names, the others of their folder): all of them where no name says anything.
+
+    What lies beside the data, such as README, LICENSE or SOURCE, is no data. A text is any file that has a suffix.
+    """
+    if format not in ("text", *SUFFIXES):
+        return files, []
+    named = [file for file in files if _is_named_as(file, format)]
+    return (named, [file for file in files if not _is_named_as(file, format)]) if named else (files, [])
+
+
+def _is_named_as(file: SourceFile, format: str) -> bool:
+    name = Path(file.path.partition("?")[0]).name.lower()
+    if format == "text":
+        return Path(name).suffix != ""
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return name.endswith(SUFFIXES[format])
+
+
+def _find(path: str, field: str) -> list[SourceFile]:
     if is_url(path):
         if holds_credentials(path):  # no recipe can: this is a path of the command line
             raise DataError(
@@ -136,9 +164,10 @@ def _hidden(parts: Any) -> bool:
     return any(part.startswith(".") for part in parts)
 
 
-def files_by_digest(path: str, name: str, digests: DigestCache) -> list[tuple[str, SourceFile]]:
-    """(sha256, file) of a source's files in the order of their digests, so that names decide nothing."""
-    found = [(_digest(file, name, digests), file) for file in find_files(path, field=f"source {name}")]
+def files_by_digest(path: str, name: str, digests: DigestCache, format: str = "") -> list[tuple[str, SourceFile]]:
+    """(sha256, file) of a source's files in the order of their digests, so that their order decides nothing."""
+    files = find_files(path, field=f"source {name}", format=format)
+    found = [(_digest(file, name, digests), file) for file in files]
     return sorted(found, key=lambda pair: (pair[0], pair[1].path))
 
 
