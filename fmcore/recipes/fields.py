@@ -17,7 +17,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SPLIT_PATTERN = r"^[A-Za-z0-9_.-]+$"  # a plain name: slices such as train[:10%] are refused
 PATH_HELP = (
     "A file, a folder or a glob, local or an address (s3://, https://); .gz and .zst are read as they are. "
-    "hf: a folder of save_to_disk, files that `datasets` can load, or a name on the hub."
+    "Of a folder, the files whose names are those of the format. "
+    "hf: a folder of save_to_disk, files that datasets can load, or a name on the hub."
 )
 SPLIT_HELP = "hf: the split to read."
 CONFIG_HELP = "hf: which configuration of the data set; empty = its default."
@@ -318,9 +319,9 @@ class Execution(Block):
         ge=0,
         description="Processes per node that train together; 0 = one per GPU, or one. A resumed run keeps its own.",
     )
-    nodes: int = Field(1, ge=1, description="Machines that train together; on the others, run `strata join`.")
+    nodes: int = Field(1, ge=1, description="Machines that train together; on the others, run strata join.")
     rendezvous: str = Field(
-        "", description="Where several nodes meet: host:port of the one that runs `strata run`. They share the home."
+        "", description="Where several nodes meet: host:port of the one that runs strata run. They share the home."
     )
     threads: int = Field(
         0, ge=0, description="CPU threads of each process; 0 = the cores, shared out. A resumed run keeps its own."
