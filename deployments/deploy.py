@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from rich.console import Console
 
 from deployments.environment import prepare_environment
+from deployments.servers import check_answers
 from fmcore.errors import UserInputError
 from fmcore.recipes.load import load_recipe
 from fmcore.recipes.stages import RECIPES, ContinueRecipe, Recipe
@@ -157,13 +156,8 @@ async def _register(recipes: Mapping[str, Recipe], pool: str, cron: str) -> None
 
 
 def _prefect_address() -> str:
-    from fmcore.tracking.client import shown_uri
-
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         raise UserInputError("PREFECT_API_URL is not set; it names the Prefect server to deploy to")
-    try:
-        with urlopen(f"{address}/health", timeout=10):  # noqa: S310  (the address of the user's own server)
-            return address
-    except (URLError, OSError, ValueError) as error:
-        raise UserInputError(f"PREFECT_API_URL: {shown_uri(address)} does not answer: {error}") from error
+    check_answers(address)
+    return address

@@ -19,6 +19,8 @@ def prepare_environment(workspace: Workspace) -> None:
     redact_logs()
     workspace.home.mkdir(parents=True, exist_ok=True)
     os.environ["STRATA_HOME"] = str(workspace.home)
+    if not os.environ.get("PREFECT_API_URL"):  # empty is unset, as in `PREFECT_API_URL= strata run`
+        os.environ.pop("PREFECT_API_URL", None)
     defaults = {
         "PREFECT_HOME": str(workspace.home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -1,4 +1,4 @@
-"""`strata init`: looks at data, writes a recipe for it (`deployments.draft`), and prints its plan."""
+"""`strata init`: looks at data, writes a recipe for it (`deployments.drafts`), and prints its plan."""
 
 import os
 import re
@@ -6,15 +6,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deployments.draft import Draft, Line, source_name
+from deployments.drafts.lines import Line, source_name
+from deployments.drafts.records import RecordsDraft
+from deployments.drafts.text import TextDraft
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.errors import StrataError, UserInputError
+from fmcore.planning.explain import Cost
+from fmcore.planning.sizes import BUDGET_S, rounded
 from fmcore.recipes.fields import NAME_PATTERN
 from fmcore.recipes.load import load_recipe
 from fmcore.workspace import Workspace
 
 KINDS = ("pretrain", "finetune", "continue-pretrain")
+MUCH_LONGER = 1.2  # times the aim; less is within what such an estimate can say
 SUFFIXES = {"pretrain": "", "finetune": "-finetune", "continue-pretrain": "-continue"}
 
 
@@ -35,11 +40,16 @@ def init_recipe(
     target = out or Path(f"{name}{SUFFIXES[kind]}.yaml")
     if target.exists() and not force:
         raise UserInputError(f"{target} is there already; give another file with --out, or overwrite it with --force")
-    draft = Draft(target.absolute().parent, store)
-    written = draft.finetune(name, paths, parent) if kind == "finetune" else draft.text(kind, name, paths, parent)
+    folder = target.absolute().parent
+    if kind == "finetune":
+        written = RecordsDraft(folder, store).lines(name, paths, parent)
+    else:
+        written = TextDraft(folder, store).lines(kind, name, paths, parent)
     _write(target, written)
     console.print(f"wrote {target}", highlight=False)
-    _show_plan(target, console)
+    cost = _show_plan(target, console)
+    if cost and cost.seconds:  # the time that is written into the recipe is the one that is shown
+        _write(target, [line.foretold(cost.seconds) for line in written])
     return target
 
 
@@ -58,16 +68,27 @@ def _write(target: Path, lines: list[Line]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _show_plan(target: Path, console: Console) -> None:
-    from deployments.planning import print_plan
+def _show_plan(target: Path, console: Console) -> Cost | None:
+    """Print the plan of the recipe; what its training takes, where that can be said."""
+    from deployments.planning import plan_recipe, print_stages
 
     try:
-        print_plan(load_recipe(target), console)
+        stages = plan_recipe(load_recipe(target))
     except StrataError as error:  # such as a parent that is not there yet
         console.print(f"its plan cannot be made yet: {error}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"next: mend that, then strata run {target}", highlight=False)
-        return
+        return None
+    print_stages(stages, console)
+    cost = stages[0].cost
+    if cost and cost.seconds > MUCH_LONGER * BUDGET_S:
+        aim, fewer = f"{BUDGET_S / 60:.0f} minutes", rounded(cost.tokens * BUDGET_S / cost.seconds)
+        console.print(
+            f"that is more than the {aim} that init aims at: this machine is slower than it reckoned, or busy now, or "
+            f"the model is larger. For {aim}, set train.tokens: {fewer:_}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"next: strata run {target}", highlight=False)
+    return cost
 
 
 def _only_base(store: Store, kind: str) -> str:

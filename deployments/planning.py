@@ -11,6 +11,7 @@ from rich.table import Table
 from deployments.environment import prepare_environment
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import RegisteredModel
+from fmcore.data.sources import left_out_notes
 from fmcore.planning.explain import Cost, PlannedStep, estimate_cost, has_nothing_new, plan_steps, resume_note
 from fmcore.planning.shape import Shape, parent_shape, shape_of
 from fmcore.planning.steps import ParentRef, StageSteps, stage_steps
@@ -35,7 +36,12 @@ def print_plan(recipe: Recipe, console: Console, *, as_json: bool = False) -> No
     stages = plan_recipe(recipe)
     if as_json:
         console.print_json(json.dumps({"stages": [_as_json(stage) for stage in stages], **_totals(stages)}))
-        return
+    else:
+        print_stages(stages, console)
+
+
+def print_stages(stages: list[StagePlan], console: Console) -> None:
+    """The tables and totals of a plan that is made."""
     for stage in stages:
         _print_stage(stage, console)
     if len(stages) > 1:
@@ -98,7 +104,7 @@ def _print_stage(stage: StagePlan, console: Console) -> None:
         name = f"{item.step.name}-{item.step.fingerprint[:8]}"
         table.add_row(item.task, name, "[green]hit[/]" if item.done else "[yellow]miss[/]", item.because)
     console.print(table)
-    for line in _notes(stage):
+    for line in (*left_out_notes(recipe.data), *_notes(stage)):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deployments.environment import EMBEDDED_VARIABLE
 from fmcore.artifacts.lock import exclusive
-from fmcore.errors import StrataError
+from fmcore.errors import StrataError, UserInputError
 from fmcore.workspace import Workspace
 
 HOST = "127.0.0.1"
@@ -103,12 +103,13 @@ def prefect_environment(port: int) -> dict[str, str]:
 
 
 def ensure_prefect(workspace: Workspace) -> None:
-    """A Prefect server for as long as this process lives, unless PREFECT_API_URL names one.
+    """A Prefect server for as long as this process lives, unless PREFECT_API_URL names one, which has to answer then.
 
     To be called before Prefect is imported: it reads the address then, and sends its last logs and events
     at exit, before the server, whose end was registered first, is stopped.
     """
-    if "PREFECT_API_URL" in os.environ:
+    if address := os.environ.get("PREFECT_API_URL"):
+        check_answers(address, "Start that server, or `unset PREFECT_API_URL`: `strata run` needs none")
         return
     port = _free_port()
     log = workspace.home / "logs" / "prefect.log"
@@ -117,6 +118,18 @@ def ensure_prefect(workspace: Workspace) -> None:
         atexit.register(stop_server, server)
         wait_until_ready(f"http://{HOST}:{port}/api/health", server, log)
     os.environ |= {"PREFECT_API_URL": f"http://{HOST}:{port}/api", EMBEDDED_VARIABLE: "1"}
+
+
+def check_answers(address: str, remedy: str = "Start that server, or name another") -> None:
+    """Raise UserInputError where no server answers at PREFECT_API_URL."""
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=10):  # noqa: S310  (the user's own server)
+            return
+    except urllib.error.HTTPError:  # it answers; whether it lets us in is told by Prefect
+        return
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        raise UserInputError(f"PREFECT_API_URL: {address} does not answer: {why}. {remedy}") from error
 
 
 def _free_port() -> int:

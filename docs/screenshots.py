@@ -20,10 +20,9 @@ PAINT_MS = 500
 
 
 def prefect_pages(address: str) -> Iterator[tuple[str, str]]:
-    """(picture, address) of the form, the list of runs, and the newest completed run."""
+    """(picture, address) of the form and of the newest completed run."""
     deployment = requests.get(f"{address}/api/deployments/name/pretrain/strata", timeout=30).json()
     yield "form", f"{address}/v2/deployments/deployment/{deployment['id']}/run"
-    yield "runs", f"{address}/v2/runs"
     runs = requests.post(
         f"{address}/api/flow_runs/filter",
         json={

@@ -10,11 +10,22 @@ from typing import Any
 from fmcore.artifacts.types import Documents
 from fmcore.data.places import origin
 from fmcore.data.tables import DROPPED, QUARANTINE, TableWriter, read_rows
-from fmcore.data.units import Unit
+from fmcore.data.units import Shard, Unit, num_all_bad
 from fmcore.errors import DataError
 
 QUARANTINE_FILE = "quarantine.parquet"
 SHOWN = 3  # places of bad input in a message
+# what is wrong where all of a source is bad for the same reason; else the files are
+MEND = {
+    **dict.fromkeys(
+        ("missing_field", "wrong_type"), "the recipe names another field than the files have, or the wrong files"
+    ),
+    **dict.fromkeys(
+        ("broken_json", "not_an_object", "too_deep", "damaged_table", "not_text"),
+        "the recipe's format is not that of the files, or they are damaged",
+    ),
+    "invalid_utf8": "convert the files to UTF-8",
+}
 # drops that say the input was usable: an ancestor or an evaluation had it before
 HAD_BEFORE = ("seen", "heldout_by_ancestor", "in_eval_source", "in_eval_path")
 
@@ -22,8 +33,9 @@ HAD_BEFORE = ("seen", "heldout_by_ancestor", "in_eval_source", "in_eval_path")
 class Accounts:
     """Counts what is read, and writes what is dropped or bad where it can be read back with its reason."""
 
-    def __init__(self, folder: Path, *, stop: bool) -> None:
+    def __init__(self, folder: Path, shards: list[Shard], *, stop: bool) -> None:
         self._folder = folder
+        self._shards = shards
         self._stop = stop
         self._dropped = TableWriter(folder / "dropped.parquet", DROPPED)
         self._quarantine: TableWriter | None = None
@@ -43,7 +55,7 @@ class Accounts:
         """What cannot be used; raises DataError where the recipe says so."""
         place = f"{origin(path, unit.line)}: {unit.detail}"
         if self._stop:
-            raise DataError(f"{place}. Mend it, or set data.on_bad_input: quarantine to set such input aside and go on")
+            raise DataError(f"{place.rstrip('.')}. {self._remedy(source, unit.bad)}")
         if len(self._first) < SHOWN:
             self._first.append(place)
         if self._quarantine is None:
@@ -52,6 +64,14 @@ class Accounts:
             source=source, file=path, line=unit.line, reason=unit.bad, detail=unit.detail, excerpt=unit.text
         )
         self.quarantined[source][unit.bad] += 1
+
+    def _remedy(self, source: str, reason: str) -> str:
+        """What to do about bad input: nothing is gained by setting aside what is wrong with all of a source."""
+        num = num_all_bad([shard for shard in self._shards if shard.block.name == source], reason)
+        if not num:
+            return "Mend it, or set data.on_bad_input: quarantine to set such input aside and go on"
+        alike = f"So is all that was looked at of {source} ({num})" if num > 1 else f"It is all of {source}"
+        return f"{alike}, so that setting it aside would leave nothing: {MEND.get(reason, 'mend the files')}"
 
     def counts(self) -> dict[str, Any]:
         """{what: {source: number}}, and {what: {source: {reason: number}}} for dropped and quarantined."""

@@ -3,18 +3,18 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 
-from fmcore.data.files import SourceFile, find_files, open_bytes
+from fmcore.data.files import COMPRESSED, SourceFile, find_files, of_format, open_bytes
+from fmcore.data.sources import names_of
 from fmcore.data.unpacking import BrokenFile
 from fmcore.errors import DataError
 
 SNIFFED_BYTES = 4096
 ASSUMED_COMPRESSION = 4  # of text by gzip or zstd, where a file is too long to be read to its end
-COMPRESSED = (".gz", ".zst")
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "hf"}
 HF_MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
-MAX_LEFT_OUT = 6
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ def data_files(path: str) -> DataFiles:
             f"--data {path}: {names_of(groups[chosen])} holds no text; expected text, JSON lines or a JSON list, "
             f"Parquet, or a folder that datasets' save_to_disk wrote (.gz and .zst are read as they are)"
         )
-    others = [file for name, group in groups.items() if name != chosen for file in group]
-    return DataFiles(
-        _path_of(path, groups[chosen]) if others else path, chosen, tuple(groups[chosen]), tuple(map(_name, others))
-    )
+    kept = groups[chosen] if has_magic(path) else of_format(groups[chosen], chosen)[0]
+    taken = {file.path for file in kept}
+    others = [file for file in files if file.path not in taken]
+    as_a_folder = files if has_magic(path) else of_format(files, chosen)[0]  # what a recipe with this path would read
+    alone = _path_of(path, kept, is_the_folder=as_a_folder == kept) if others else path
+    return DataFiles(alone, chosen, tuple(kept), tuple(map(_name, others)))
 
 
 def _is_saved_dataset(path: str) -> bool:
@@ -65,12 +67,17 @@ def _saved_dataset(path: str, files: list[SourceFile]) -> DataFiles:
     return DataFiles(path, "hf", chosen, tuple(sorted(splits - {split})), split)
 
 
-def _path_of(path: str, files: list[SourceFile]) -> str:
-    """A path for some of the files below `path` alone: one file, or a glob by their suffix."""
+def _path_of(path: str, files: list[SourceFile], *, is_the_folder: bool) -> str:
+    """A path for some of the files below `path` alone: one file, or a glob by their suffix.
+
+    is_the_folder: they are what the folder stands for in a recipe, whatever their suffixes.
+    """
     if len(files) == 1:
         return str(files[0])
     folder = Path(path)
     endings = {"".join(Path(str(file)).suffixes[-2:]) for file in files}
+    if len(endings) > 1 and is_the_folder:
+        return path
     if not folder.is_dir() or len(endings) > 1:
         raise DataError(
             f"--data {path}: files of several formats lie there; give those of one format, as in {path}/*.jsonl.gz"
@@ -118,11 +125,6 @@ def file_size(file: SourceFile) -> int:
 
 def _name(file: SourceFile) -> str:
     return Path(str(file)).name
-
-
-def names_of(files: list[SourceFile]) -> str:
-    """The names of the first few, for a message."""
-    return ", ".join(map(_name, files[:MAX_LEFT_OUT]))
 
 
 def about_chars(files: Iterable[SourceFile]) -> int:

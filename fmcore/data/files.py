@@ -19,7 +19,8 @@ import fsspec
 from fmcore.artifacts.files import CHUNK_BYTES, DigestCache
 from fmcore.data.unpacking import Unpacked
 from fmcore.errors import DataError
-from fmcore.recipes.paths import is_url
+from fmcore.recipes.paths import is_url, where_credentials_go
+from fmcore.redaction import holds_credentials
 
 BLOCK_BYTES = 4 << 20  # of an object that is read ahead; s3fs would hold 50 MiB
 SOCKET_SECONDS = 60  # a server that is silent for longer is given up
@@ -27,6 +28,9 @@ WEB = ("http", "https")
 # what a driver tells of an object that changes whenever its bytes do, the best first
 ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5")
 TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime", "updated")
+# by their names; text has none of its own, for code is text as well
+SUFFIXES = {"json": (".json", ".jsonl", ".ndjson"), "parquet": (".parquet", ".pq")}
+COMPRESSED = (".gz", ".zst")
 DRIVERS = {"s3": "pip install 'strata[s3]'", "s3a": "pip install 'strata[s3]'"}
 
 
@@ -46,13 +50,43 @@ class SourceFile:
         return self.path
 
 
-def find_files(path: str, *, field: str) -> list[SourceFile]:
+def find_files(path: str, *, field: str, format: str = "") -> list[SourceFile]:
     """Files behind a file, folder or glob, sorted by path; hidden ones are left out.
 
-    field: the recipe field that named it, for the message. Raises DataError where there is nothing, or
-    where it cannot be looked at.
+    field: the recipe field that named it, for the message. format: of a folder, its files of this format alone
+    (`of_format`). Raises DataError where there is nothing, or where it cannot be looked at.
     """
+    found = _find(path, field)
+    return found if glob.has_magic(path) else of_format(found, format)[0]
+
+
+def of_format(files: list[SourceFile], format: str) -> tuple[list[SourceFile], list[SourceFile]]:
+    """(files of a format by their names, the others of their folder): all of them where no name says anything.
+
+    What lies beside the data, such as README, LICENSE or SOURCE, is no data. A text is any file that has a suffix.
+    """
+    if format not in ("text", *SUFFIXES):
+        return files, []
+    named = [file for file in files if _is_named_as(file, format)]
+    return (named, [file for file in files if not _is_named_as(file, format)]) if named else (files, [])
+
+
+def _is_named_as(file: SourceFile, format: str) -> bool:
+    name = Path(file.path.partition("?")[0]).name.lower()
+    if format == "text":
+        return Path(name).suffix != ""
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return name.endswith(SUFFIXES[format])
+
+
+def _find(path: str, field: str) -> list[SourceFile]:
     if is_url(path):
+        if holds_credentials(path):  # no recipe can: this is a path of the command line
+            raise DataError(
+                f"{field}: {path} holds credentials (left out here), and recipes and records name it where many can "
+                f"read it; take them out and put them {where_credentials_go(path)}"
+            )
         with _reaching(path, field):
             return _find_remote(path, field)
     try:
@@ -78,8 +112,8 @@ def _find_local(path: str, field: str) -> list[str]:
     found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())  # noqa: PTH207
     if not found:
         what = "no file matches" if glob.has_magic(path) else "there is no file or folder"
-        hint = "" if field.startswith("--") else "; relative paths are read from the recipe's folder"
-        raise DataError(f"{field}: {what} {path}{hint}")
+        hint = "; a relative path is read from the recipe's folder, one of --set from the working directory"
+        raise DataError(f"{field}: {what} {path}{'' if field.startswith('--') else hint}")
     return found
 
 
@@ -130,9 +164,10 @@ def _hidden(parts: Any) -> bool:
     return any(part.startswith(".") for part in parts)
 
 
-def files_by_digest(path: str, name: str, digests: DigestCache) -> list[tuple[str, SourceFile]]:
-    """(sha256, file) of a source's files in the order of their digests, so that names decide nothing."""
-    found = [(_digest(file, name, digests), file) for file in find_files(path, field=f"source {name}")]
+def files_by_digest(path: str, name: str, digests: DigestCache, format: str = "") -> list[tuple[str, SourceFile]]:
+    """(sha256, file) of a source's files in the order of their digests, so that their order decides nothing."""
+    files = find_files(path, field=f"source {name}", format=format)
+    found = [(_digest(file, name, digests), file) for file in files]
     return sorted(found, key=lambda pair: (pair[0], pair[1].path))
 
 
@@ -185,12 +220,19 @@ def _reaching(path: str, field: str = "") -> Iterator[None]:
     except OSError as error:
         cause = error.__cause__ or error
         why = error.strerror or str(cause) or type(cause).__name__
-        raise DataError(f"{where}cannot read {path}: {why}") from error
+        raise DataError(f"{where}cannot read {path}: {why}{_login_hint(path, cause)}") from error
     except Exception as error:
         if not is_url(path):
             raise
         # each driver has exceptions of its own, and all of them say that the path cannot be read
-        raise DataError(f"{where}cannot read {path}: {error or type(error).__name__}") from error
+        raise DataError(
+            f"{where}cannot read {path}: {error or type(error).__name__}{_login_hint(path, error)}"
+        ) from error
+
+
+def _login_hint(path: str, error: BaseException) -> str:
+    asked = getattr(error, "status", None) == 401
+    return f"; user and password belong {where_credentials_go(path)}" if asked else ""
 
 
 def _protocol(path: str) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fmcore.data.detect import DataFiles, about_chars, data_files, names_of
+from fmcore.data.detect import DataFiles, about_chars, data_files
 from fmcore.data.filters import drop_reason
 from fmcore.data.holdout import fraction_of, group_fraction
 from fmcore.data.normalize import content_id, normalize
 from fmcore.data.places import Bad, origin
 from fmcore.data.reading import read_records, read_texts
+from fmcore.data.sources import names_of
 from fmcore.errors import DataError
 from fmcore.recipes.fields import Filters, Source
 

@@ -128,7 +128,8 @@ def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: D
     sources = [*data.eval_sources, *data.sources]
     shards = [shard for source in sources for shard in shards_of(source, source.path, digests, data.filters)]
     with ExitStack() as stack:
-        split = _Split(folder, stack, stack.enter_context(Accounts(folder, stop=data.on_bad_input == "stop")))
+        stop = data.on_bad_input == "stop"
+        split = _Split(folder, stack, stack.enter_context(Accounts(folder, shards, stop=stop)))
         evaluated = stack.enter_context(SeenIds(folder / "evaluated.sqlite"))
         kept = stack.enter_context(SeenIds(folder / "kept.sqlite"))
         held_out = ancestors.held_out_ids()
@@ -141,7 +142,7 @@ def _prepare_text(folder: Path, data: TextData, ancestors: Ancestors, digests: D
             return "seen" if ancestors.has_seen(document_id) else None
 
         checks = {source.name: HoldoutCheck(f"source {source.name}", data.holdout) for source in data.sources}
-        reading = stack.enter_context(reading_shards(shards, folder, workers, stop=data.on_bad_input == "stop"))
+        reading = stack.enter_context(reading_shards(shards, folder, workers, stop=stop))
         for shard, units in reading:
             check = checks.get(shard.block.name)
             if check is None:

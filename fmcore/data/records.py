@@ -34,7 +34,7 @@ def prepare_records(folder: Path, data: TaskData, digests: DigestCache, workers:
     stop = data.on_bad_input == "stop"
     shards = [pair for task in data.tasks for pair in _task_shards(task, digests)]
     with ExitStack() as stack:
-        accounts = stack.enter_context(Accounts(folder, stop=stop))
+        accounts = stack.enter_context(Accounts(folder, [shard for shard, _ in shards], stop=stop))
         splits = {task.name: stack.enter_context(_TaskSplit(folder, task, accounts)) for task in data.tasks}
         reading = stack.enter_context(reading_shards([shard for shard, _ in shards], folder, workers, stop=stop))
         for (_, evaluated), (shard, units) in zip(shards, reading, strict=True):

@@ -5,7 +5,8 @@ the result is the same for any number of them.
 """
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from fmcore.data.normalize import content_id, encodable, normalize
 from fmcore.data.places import Bad, excerpt, field_problem
 from fmcore.data.reading import RawText, Record, read_records, read_texts
 from fmcore.data.tables import TableWriter, read_rows
+from fmcore.errors import DataError
 from fmcore.process.pool import num_cores, run_in_processes
 from fmcore.recipes.fields import Filters, Source, Task
 
 SMALL_BYTES = 32 << 20  # so much is read sooner than a process has started
+LOOKED_AT = 200  # units of a source, for whether what is wrong with one is wrong with all ...
+MIN_LOOKED_AT = 20  # ... and of each of its files
 WORK = "fmcore.data.units:write_part"
 
 
@@ -138,6 +142,19 @@ def _record_drop_reason(prompt: str, response: str) -> str:
 
 
 # ---- many shards
+
+
+def num_all_bad(shards: list[Shard], reason: str) -> int:
+    """How many units were looked at, where all at the start of these shards are bad for this reason; else 0."""
+    each = max(MIN_LOOKED_AT, LOOKED_AT // len(shards))
+    num = 0
+    with suppress(DataError):  # of a file that cannot be opened, which is told when its turn comes
+        for shard in shards[:LOOKED_AT]:
+            for unit in islice(units(shard), each):
+                if unit.bad != reason:
+                    return 0
+                num += 1
+    return num
 
 
 def choose_workers(shards: list[Shard], asked: int) -> int:

@@ -46,11 +46,6 @@ class Interval:
     high: float
     n: int
 
-    @property
-    def half_width(self) -> float:
-        """The smallest difference from zero that this sample can show."""
-        return (self.high - self.low) / 2
-
 
 def ratio_interval(
     numerators: Values, denominators: Values, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95

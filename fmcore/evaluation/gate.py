@@ -37,6 +37,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -52,6 +53,7 @@ Outcome = Literal["gain", "safe", "regressed", "unclear"]
 
 LEVEL = 0.95
 LOST_AND_WON = (1.0, -1.0)
+HARDLY = 100  # times as many documents as there are: nobody will hold out so many
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,41 +253,75 @@ def _sentence(
     num_unpaired: int,
     min_documents: int,
 ) -> str:
-    """E.g. `plays: 0.012 bpb worse than the champion (95 % 0.004 to 0.020, ...): cannot tell`."""
+    """E.g. `plays: 0.012 bpb worse than the champion (95 % interval 0.004 to 0.020 worse; ...): cannot tell, ...`."""
     text = scores.kind == "text"
     things = "documents" if text else "examples"
     unpaired = f", {num_unpaired} more on one side alone" if num_unpaired else ""
     if loss.n < min_documents:
-        return f"{scores.name}: {loss.n} {things} in common{unpaired}, {min_documents} needed: cannot tell"
-    better = loss.value < 0
+        needed = f"gate.min_documents asks for {min_documents}: cannot tell (more of them: {_more(text)})"
+        return f"{scores.name}: {loss.n} {things} in common{unpaired}, {needed}"
     unit = "bpb" if text else "points"
-    difference = f"{_number(abs(loss.value), text)} {unit} {'better' if better else 'worse'} than"
+    difference = f"{_number(abs(loss.value), text)} {unit} {_direction(loss.value)} than"
     if loss.value == 0:
         difference = f"the same {'bpb' if text else 'accuracy'} as"
-    low, high = (-loss.high, -loss.low) if better else (loss.low, loss.high)
     reference = "the champion" if role == "target" else "the best champion"
-    facts = [
-        f"95 % {_number(low, text)} to {_number(high, text)}",
-        f"{loss.n} {things}{unpaired}",
-        f"can detect {_number(loss.half_width, text)}",
-        f"margin {_number(margin, text)}",
-    ]
-    finding = _finding(role, loss, margin, outcome, things)
-    return f"{scores.name}: {difference} {reference} ({', '.join(facts)}): {finding}"
+    facts = f"95 % interval {_span(loss, text)}; margin {_number(margin, text)}; {loss.n} {things}{unpaired}"
+    finding = _finding(role, loss, margin, outcome, text)
+    return f"{scores.name}: {difference} {reference} ({facts}): {finding}"
 
 
-def _finding(role: Role, loss: Interval, margin: float, outcome: Outcome, things: str) -> str:
+def _finding(role: Role, loss: Interval, margin: float, outcome: Outcome, text: bool) -> str:
     if outcome == "gain":
         return "a gain"
+    if outcome == "safe" and role == "target":
+        by_itself = "a gain if it were the only target, but one of several may show one by luck"
+        return f"{by_itself if loss.high < 0 else 'no gain shown'}; within the margin"
     if outcome == "safe":
-        return "no gain shown, within the margin" if role == "target" else "within the margin"
+        return "within the margin"
     if outcome == "regressed":
         return "worse than the margin allows"
-    if loss.half_width > margin > 0:
-        # An interval narrows with the square root of n; at half a width of one margin, no loss reads as safe.
-        needed = math.ceil(loss.n * (loss.half_width / margin) ** 2)
-        return f"cannot tell, about {needed:,} {things} would"
-    return "cannot tell"
+    needed = _documents_needed(loss, margin, made_up=0 if text else len(LOST_AND_WON))
+    if needed > HARDLY * loss.n:
+        return "cannot tell, for the difference is the margin itself, about; more of them would hardly tell"
+    things = "documents" if text else "examples"
+    would = f"about {needed:,.0f} {things} would, if the difference stays (more of them: {_more(text)})"
+    return f"cannot tell, for the margin lies inside the interval; {would}"
+
+
+def _documents_needed(loss: Interval, margin: float, made_up: int) -> float:
+    """So many of them, of the same difference and spread, that the interval just reaches the margin; about.
+
+    Its reach z * sqrt(s2 * n + made_up) / (n + made_up), with s2 the variance of a real one and 1 that of a
+    made-up one, is solved for s2, and then for n with the gap between difference and margin as its reach.
+    """
+    gap = abs(margin - loss.value)
+    reach = loss.high - loss.value if loss.value < margin else loss.value - loss.low
+    if gap == 0:
+        return math.inf
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    s2 = max(0.0, ((reach * (loss.n + made_up) / z) ** 2 - made_up) / loss.n)
+    k = (gap / z) ** 2
+    root = math.sqrt(max(0.0, s2**2 + 4 * k * made_up * (1 - s2)))
+    return max(loss.n + 1, math.ceil((s2 + root) / (2 * k) - made_up))
+
+
+def _more(text: bool) -> str:
+    return "evaluate.max_documents, data.holdout" if text else "evaluate.max_examples, the task's holdout"
+
+
+def _span(loss: Interval, text: bool) -> str:
+    """Both ends, the nearer to zero first, each with its direction where the two differ."""
+    low, high = sorted((loss.low, loss.high), key=abs)
+    near, far = _number(abs(low), text), _number(abs(high), text)
+    if far == _number(0, text):
+        return f"{near} to {far}"
+    if loss.low * loss.high < 0:
+        return f"{near} {_direction(low)} to {far} {_direction(high)}"
+    return f"{near} to {far} {_direction(high)}"
+
+
+def _direction(loss: float) -> str:
+    return "better" if loss < 0 else "worse"
 
 
 def _number(value: float, text: bool) -> str:

@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from fmcore.recipes.paths import where_credentials_go
 from fmcore.redaction import holds_credentials
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SPLIT_PATTERN = r"^[A-Za-z0-9_.-]+$"  # a plain name: slices such as train[:10%] are refused
 PATH_HELP = (
     "A file, a folder or a glob, local or an address (s3://, https://); .gz and .zst are read as they are. "
-    "hf: a folder of save_to_disk, files that `datasets` can load, or a name on the hub."
+    "Of a folder, the files whose names are those of the format. "
+    "hf: a folder of save_to_disk, files that datasets can load, or a name on the hub."
 )
 SPLIT_HELP = "hf: the split to read."
 CONFIG_HELP = "hf: which configuration of the data set; empty = its default."
@@ -36,10 +38,10 @@ def _title(name: str, field: object) -> str:
     return TITLES.get(name) or name.rstrip("_").replace("_", " ").capitalize()
 
 
-_WHERE_CREDENTIALS_GO = {
-    "tracking_uri": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a database's "
-    "whole address into MLFLOW_TRACKING_URI"
-}
+_TRACKING_CREDENTIALS = (
+    "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); a database's whole address "
+    "into MLFLOW_TRACKING_URI"
+)
 
 
 class Block(BaseModel):
@@ -56,12 +58,10 @@ class Block(BaseModel):
     @classmethod
     def _no_credentials(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str) and holds_credentials(value):
-            variables = _WHERE_CREDENTIALS_GO.get(
-                info.field_name or "", "those that the storage reads, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
+            where = _TRACKING_CREDENTIALS if info.field_name == "tracking_uri" else where_credentials_go(value)
             raise ValueError(
                 f"the address holds credentials, and recipes are stored where many can read them; take them out and "
-                f"put them into environment variables: {variables}"
+                f"put them {where}"
             )
         return value
 
@@ -331,9 +331,9 @@ class Execution(Block):
         ge=0,
         description="Processes per node that train together; 0 = one per GPU, or one. A resumed run keeps its own.",
     )
-    nodes: int = Field(1, ge=1, description="Machines that train together; on the others, run `strata join`.")
+    nodes: int = Field(1, ge=1, description="Machines that train together; on the others, run strata join.")
     rendezvous: str = Field(
-        "", description="Where several nodes meet: host:port of the one that runs `strata run`. They share the home."
+        "", description="Where several nodes meet: host:port of the one that runs strata run. They share the home."
     )
     threads: int = Field(
         0, ge=0, description="CPU threads of each process; 0 = the cores, shared out. A resumed run keeps its own."

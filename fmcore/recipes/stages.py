@@ -114,7 +114,7 @@ class PretrainRecipe(_Footer, PretrainStage, _Header):
 
 
 class FinetuneRecipe(_Footer, FinetuneStage, _ChildHeader):
-    """A registered model to a task model, `<base>-<name>`."""
+    """A registered model to a task model, named <base>-<name>."""
 
     kind: Literal["finetune"] = Field("finetune", description=KIND)
 

@@ -115,6 +115,18 @@ def test_missing_things_are_one_message(
     assert "nobody" in says(strata(base_home, "lineage", "nobody"), 2)
 
 
+def test_a_prefect_address_that_nobody_answers_says_how_to_go_on(
+    strata: Run, base_home: Any, tiny: Any, corpora: dict[str, Path], write: Callable[..., Path]
+) -> None:
+    """It is often a leftover of a `strata up` that has ended since."""
+    nobody = "http://127.0.0.1:9/api"
+    other = write(tiny.pretrain(corpora["old"], train={"lr": 1e-4}))
+    told = says(strata(base_home, "run", other, PREFECT_API_URL=nobody), 2)
+    assert re.search(rf"PREFECT_API_URL: {re.escape(nobody)} does not answer: .*`unset PREFECT_API_URL`", told)
+    done = strata(base_home, "run", write(tiny.pretrain(corpora["old"])), PREFECT_API_URL="")
+    assert "prefect  embedded" in done.stdout
+
+
 def test_set_changes_a_field(
     strata: Run, base_home: Any, tiny: Any, corpora: dict[str, Path], write: Callable[..., Path]
 ) -> None:

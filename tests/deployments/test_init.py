@@ -1,6 +1,8 @@
 """`strata init`: recipes that run as they are, in few lines, from whatever data there is."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,29 @@ def test_paths_far_from_the_recipe_are_absolute(cli: Any, fresh_home: Any, corpo
     near.write_bytes(corpora["old"].read_bytes())
     assert cli(fresh_home, "init", "pretrain", "--data", near, "--out", "recipes/x.yaml").code == 0
     assert "path: ../near/corpus.jsonl" in Path("recipes/x.yaml").read_text()
+
+
+@pytest.mark.parametrize(("slower", "told"), [(1.0, False), (3.0, True)])
+def test_the_recipe_says_the_time_that_the_plan_foretells(
+    cli: Any, fresh_home: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, slower: float, told: bool
+) -> None:
+    """Sizes come from a usual speed, the plan from a measured one: where they differ, init says so, and what to do."""
+    from fmcore.planning import explain, sizes
+
+    monkeypatch.setattr(explain, "measure_gemm", lambda: 2 * 2e8 / slower)
+    monkeypatch.setattr(sizes, "FLOPS_PER_CORE", 2e8 / (os.cpu_count() or 1))
+    tiny.corpus(Path.cwd(), num=600)
+    said = cli(fresh_home, "init", "pretrain", "--data", "old.jsonl")
+    assert said.code == 0, said.err
+    [line] = [line for line in Path("old.yaml").read_text().splitlines() if "tokens: " in line and "epochs" in line]
+    assert f"about {5 * slower:.0f} minutes by the plan" in line
+    assert ("more than the 5 minutes that init aims at" in said.out) == told
+    shown = re.search(r"about (\d+):\d\d ", said.out)
+    assert shown
+    assert abs(int(shown[1]) - 5 * slower) <= 1
+    assert "at the most" not in said.out + Path("old.yaml").read_text()
+    if told:
+        fewer = re.search(r"train.tokens: ([\d_]+)", said.out)
+        assert fewer
+        again = cli(fresh_home, "plan", "old.yaml", "--set", f"train.tokens={fewer[1]}")
+        assert re.search(r"about (4:[3-5]\d|5:00) ", again.out)

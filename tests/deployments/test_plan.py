@@ -90,6 +90,16 @@ def test_set_reads_paths_from_the_working_directory(
     assert again["stages"][0]["steps"] == told["stages"][0]["steps"]
 
 
+def test_a_path_of_set_that_leads_nowhere_says_where_it_was_read_from(
+    cli: Any, fresh_home: Any, tiny: Any, corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tiny.pretrain(corpora["old"])))
+    said = cli(fresh_home, "plan", tmp_path / "recipe.yaml", "--set", "data.sources.0.path=nowhere.jsonl")
+    assert said.code == 2
+    assert f"there is no file or folder {Path.cwd() / 'nowhere.jsonl'}; " in said.err
+    assert "one of --set from the working directory" in said.err
+
+
 def test_a_parents_shape_and_what_of_it_is_trained(base_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     [checkpoint] = base_home.store.all(Checkpoint)
     recipe = tiny.finetune(corpora["records"], method="lora", lora={"r": 2})

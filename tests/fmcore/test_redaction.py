@@ -109,6 +109,7 @@ def test_a_recipe_takes_no_credentials(place: str) -> None:
     message = str(caught.value)
     assert f"{place}: the address holds credentials" in message
     assert ("MLFLOW_TRACKING_PASSWORD" in message) is (place == "execution.tracking_uri")
+    assert ("AWS_SECRET_ACCESS_KEY" in message) is ("s3://" in str(RECIPES[place]))
     assert SECRET not in message
     assert caught.value.exit_code == 2
 

@@ -1,5 +1,6 @@
 """Sources at addresses: an S3 server and web servers of the tests' own, digests remembered by what they tell."""
 
+import base64
 import datetime
 import gzip
 import http.server
@@ -137,6 +138,9 @@ def test_a_driver_that_is_not_there_names_the_extra(monkeypatch: pytest.MonkeyPa
 # ---- the web
 
 
+LOGIN = base64.b64encode(b"me:pa55word").decode()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `files`: name -> (content, headers). Counts the contents it sent."""
 
@@ -153,6 +157,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.partition("?")[0]
         if name not in self.files:
             self.send_error(403 if "secret" in name else 404)
+            return
+        if name == "/login.jsonl" and self.headers.get("Authorization") != f"Basic {LOGIN}":
+            self.send_error(401)
             return
         content, headers = self.files[name]
         self.send_response(200)
@@ -222,6 +229,23 @@ def serve() -> Iterator[Callable[..., None]]:
         Handler.files[f"/{name}"] = (content, {key.replace("_", "-"): value for key, value in headers.items()})
 
     yield serve
+
+
+def test_user_and_password_come_from_netrc_alone(
+    web: str, serve: Callable[..., None], prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve("login.jsonl", lines(0), ETag='"1"')
+    address = f"{web}/login.jsonl"
+    with pytest.raises(DataError, match=r"401.*belong into ~/.netrc .*machine 127\.0\.0\.1 login USER"):
+        paths(address)
+    with pytest.raises(DataError, match=r"^--data: .*holds credentials .*put them into ~/.netrc") as caught:
+        find_files(address.replace("://", "://me:pa55word@"), field="--data")
+    assert "pa55word" not in str(caught.value)
+    with pytest.raises(DataError, match="fetch the file, and name the copy"):
+        paths(f"{address}?token=0123456789")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pa55word\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert prepare(data(address)).counts["read"]["s"] == 40
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl?version=3"])

@@ -166,6 +166,43 @@ def test_nothing_usable_at_all_says_what_there_was(prepare: Prepare, tmp_path: P
     assert message.count("a.jsonl:") == 3
 
 
+@pytest.mark.parametrize(
+    ("content", "format", "remedy"),
+    [
+        (b'{"body": "a text", "id": 1}\n' * 50, "json", "names another field"),
+        (b"id,body\n1,a text\n" * 50, "json", "format is not that of the files"),
+        (b"PAR1", "text", "format is not that of the files"),
+        (b"a caf\xe9\n", "text", "convert the files to UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_nothing_is_to_be_set_aside_where_all_of_a_source_is_wrong(
+    prepare: Prepare, tmp_path: Path, content: bytes, format: str, remedy: str, num_files: int
+) -> None:
+    for number in range(num_files):
+        (tmp_path / f"{number}.in").write_bytes(content + b"\n" * number)
+    with pytest.raises(DataError) as refused:
+        prepare(data(tmp_path / "*.in", format))
+    assert "quarantine" not in str(refused.value)
+    assert remedy in str(refused.value)
+    assert "of s" in str(refused.value)
+
+
+def test_what_is_wrong_in_many_files_but_one_is_set_aside(prepare: Prepare, tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.in").write_text(json.dumps({"body": str(number)}) + "\n")
+    (tmp_path / "good.in").write_text("".join(json.dumps({"text": cases.good_text(n)}) + "\n" for n in range(60)))
+    with pytest.raises(DataError, match=r"or set data\.on_bad_input: quarantine"):
+        prepare(data(tmp_path / "*.in", "json"))
+
+
+def test_the_same_is_told_of_records_that_lack_a_field(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(json.dumps({"question": "what?", "answer": "this"}) + "\n")
+    tasks = TaskData(tasks=[{"name": "t", "path": str(tmp_path / "r.jsonl")}])
+    with pytest.raises(DataError, match=r"Set prompt_field of task t\. It is all of t, .*names another field"):
+        prepare(tasks)
+
+
 def test_json_that_is_read_as_text_is_a_mistake(prepare: Prepare, tmp_path: Path) -> None:
     path = lines(tmp_path / "in", good(1))
     with pytest.raises(DataError, match=r"its files hold JSON objects .* set format: json and text_field"):

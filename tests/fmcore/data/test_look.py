@@ -57,6 +57,17 @@ def test_binary_files_are_refused(tmp_path: Path, content: bytes) -> None:
         data_files(str(tmp_path / "x.bin"))
 
 
+@pytest.mark.parametrize(
+    ("names", "path"), [(("a.txt",), "a.txt"), (("a.txt", "b.txt"), "*.txt"), (("a.txt", "b.md"), "")]
+)
+def test_what_lies_beside_texts_is_no_document(tmp_path: Path, names: tuple[str, ...], path: str) -> None:
+    for name in (*names, "SOURCE"):
+        (tmp_path / name).write_text(f"this is {name}")
+    found = data_files(str(tmp_path))
+    assert (found.path, found.left_out) == (str(tmp_path / path), ("SOURCE",))
+    assert [Path(file.path).name for file in found.files] == list(names)
+
+
 def test_other_files_of_a_folder_are_left_out_and_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.jsonl.gz", questions(200))
     (tmp_path / "SOURCE").write_text("from somewhere")

@@ -172,8 +172,8 @@ def test_a_name_that_looks_like_a_glob_is_a_file_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("none*.txt", "source x: no file matches {}/none*.txt; relative paths are read from the recipe's folder"),
-        ("none.txt", "source x: there is no file or folder {}/none.txt; relative paths"),
+        ("none*.txt", "source x: no file matches {}/none*.txt; a relative path is read from the recipe's"),
+        ("none.txt", "source x: there is no file or folder {}/none.txt; a relative path is"),
         ("empty", "source x: the folder {}/empty holds no files"),
     ],
 )

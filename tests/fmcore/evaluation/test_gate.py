@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -151,7 +152,9 @@ def test_identical_text_scores_hold():
     decision = judge_one(champion, champion)
     assert decision.verdict == "HOLD"
     assert decision.comparisons[0].delta == Interval(0.0, 0.0, 0.0, 60)
-    assert decision.reasons[0].startswith("plays: the same bpb as the champion (95 % 0.000 to 0.000, 60 documents")
+    assert decision.reasons[0].startswith(
+        "plays: the same bpb as the champion (95 % interval 0.000 to 0.000; margin 0.010"
+    )
 
 
 @pytest.mark.parametrize(("n", "verdict"), [(100, "INCONCLUSIVE"), (400, "HOLD")])
@@ -164,7 +167,10 @@ def test_small_sample_is_inconclusive_however_large_the_gain():
     champion = text(np.random.default_rng(8), n=19)
     decision = judge_one(worse(champion, -1.0), champion)
     assert decision.verdict == "INCONCLUSIVE"
-    assert decision.reasons == ("plays: 19 documents in common, 20 needed: cannot tell",)
+    assert decision.reasons == (
+        "plays: 19 documents in common, gate.min_documents asks for 20: cannot tell "
+        "(more of them: evaluate.max_documents, data.holdout)",
+    )
     assert judge_one(worse(champion, 1.0), champion, "protected").verdict == "INCONCLUSIVE"
     assert judge([champion], [champion], {}, Gate(min_documents=19), {"plays": "target"}).verdict == "HOLD"
 
@@ -174,9 +180,44 @@ def test_wide_interval_is_inconclusive_and_says_what_would_do():
     champion = text(rng, n=40)
     decision = judge_one(worse(champion, 0.0, rng, noise=0.2), champion, "protected")
     assert decision.verdict == "INCONCLUSIVE"
-    half_width = decision.comparisons[0].delta.half_width
-    assert f"can detect {half_width:.3f}" in decision.reasons[0]
-    assert f"about {np.ceil(40 * (half_width / 0.01) ** 2):,.0f} documents would" in decision.reasons[0]
+    [compared] = decision.comparisons
+    assert compared.delta.low < 0.01 < compared.delta.value
+    needed = np.ceil(40 * ((compared.delta.value - compared.delta.low) / (compared.delta.value - 0.01)) ** 2)
+    assert decision.reasons[0].endswith(
+        f"cannot tell, for the margin lies inside the interval; about {needed:,.0f} documents would, "
+        f"if the difference stays (more of them: evaluate.max_documents, data.holdout)"
+    )
+
+
+def test_a_narrow_interval_about_the_margin_does_not_read_as_a_contradiction():
+    """It could detect far less than the margin, and still cannot tell on which side of it the loss is."""
+    rng = np.random.default_rng(9)
+    champion = text(rng, n=150)
+    sentence = compare(worse(champion, 0.045, rng, noise=0.1), champion, "protected", Gate(max_regression_bpb=0.05))
+    assert sentence.outcome == "unclear"
+    assert "can detect" not in sentence.sentence
+    assert "; margin 0.050; 150 documents): cannot tell, for the margin lies inside" in sentence.sentence
+
+
+def test_the_documents_asked_for_are_enough():
+    """The same answers, as many as the sentence asks for, are shown to be no worse; a few less are not."""
+    champion = task(np.arange(100) % 3 > 0)
+    sentence = judge_one(champion, champion, "protected").reasons[0]
+    needed = int(sentence.split("about ")[1].split()[0].replace(",", ""))
+    assert 298 <= needed < 400  # 298 is the fewest that can; reckoned with squares, it would be 865
+    for n, verdict in (needed, "HOLD"), (needed * 3 // 4, "INCONCLUSIVE"):
+        many = task(np.arange(n) % 3 > 0)
+        assert judge_one(many, many, "protected").verdict == verdict
+
+
+def test_a_difference_of_the_margin_asks_for_no_documents():
+    champion = text(np.random.default_rng(20), n=40)
+    noise = np.resize([0.02, -0.02], 40)
+    noise[-1] -= np.sum(noise * champion.denominators) / champion.denominators[-1]
+    new = dataclasses.replace(
+        worse(champion, 0.01), numerators=worse(champion, 0.01).numerators + noise * champion.denominators
+    )
+    assert judge_one(new, champion, "protected").reasons[0].endswith("more of them would hardly tell")
 
 
 def test_weekly_losses_within_the_margin_cannot_add_up():
@@ -268,12 +309,29 @@ def test_sentences_in_words():
     champion = text(np.random.default_rng(18))
     sentence = compare(worse(champion, 0.012), champion, "protected", GATE).sentence
     assert sentence == (
-        "plays: 0.012 bpb worse than the best champion (95 % 0.012 to 0.012, 60 documents, "
-        "can detect 0.000, margin 0.010): worse than the margin allows"
+        "plays: 0.012 bpb worse than the best champion (95 % interval 0.012 to 0.012 worse; margin 0.010; "
+        "60 documents): worse than the margin allows"
     )
     better = compare(task(np.ones(500)), task(np.arange(500) >= 100), "target", GATE).sentence
-    assert better.startswith("boolq: 20.0 points better than the champion (95 % 16.")
-    assert better.endswith("500 examples, can detect 3.5, margin 1.0): a gain")
+    assert better.startswith("boolq: 20.0 points better than the champion (95 % interval 16.")
+    assert better.endswith("better; margin 1.0; 500 examples): a gain")
+    rng = np.random.default_rng(22)
+    mixed = compare(worse(champion, -0.001, rng), champion, "target", Gate(max_regression_bpb=0.1)).sentence
+    assert re.search(r"interval 0\.\d{3} (better|worse) to 0\.\d{3} (better|worse); margin 0\.100; 60", mixed)
+    assert mixed.endswith("no gain shown; within the margin")
+
+
+def test_a_gain_that_several_targets_do_not_let_count_says_so():
+    champion = text(np.random.default_rng(24))
+    rng = np.random.default_rng(25)
+    new = next(
+        made
+        for made in (worse(champion, -0.006, rng) for _ in range(100))
+        if compare(made, champion, "target", GATE).outcome == "gain"
+        and compare(made, champion, "target", GATE, 20).outcome == "safe"
+    )
+    sentence = compare(new, champion, "target", GATE, 20).sentence
+    assert sentence.endswith("one of several may show one by luck; within the margin")
 
 
 def test_loss_is_positive_where_the_new_model_is_worse():

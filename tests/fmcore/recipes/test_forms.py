@@ -51,6 +51,11 @@ def test_every_field_is_described_and_every_block_titled(schema: dict[str, Any])
             assert name == "kind" or shown, f"{block}.{name}"
 
 
+def test_descriptions_are_plain_text_for_a_form_shows_them_as_they_are(schema: dict[str, Any]) -> None:
+    shown = [(place, node["description"]) for place, node in nodes(schema) if isinstance(node.get("description"), str)]
+    assert [(place, text) for place, text in shown if "`" in text] == []
+
+
 def test_closed_and_without_secrets(schema: dict[str, Any]) -> None:
     for block, body in blocks(schema):
         assert body["additionalProperties"] is False, block
