@@ -14,7 +14,7 @@ from fmcore.data.files import SourceFile
 from fmcore.data.look import RecordsLook, Sample, TextLook, look_at_records, look_at_text
 from fmcore.errors import DataError, UserInputError
 from fmcore.model.presets import PRESETS, estimate_parameters
-from fmcore.planning.explain import BYTES_PER_TOKEN
+from fmcore.planning.cost import BYTES_PER_TOKEN
 from fmcore.planning.shape import Shape, folder_shape, parent_shape
 from fmcore.planning.sizes import BUDGET_S, batch_for, holdout_for, pretrain_sizes, rounded, usual_rate
 from fmcore.recipes.fields import Task

@@ -46,9 +46,7 @@ class Memory:
 def estimate_memory(shape: Shape, trainable: int, *, micro_batch: int) -> Memory:
     """Memory of training `shape` in fp32. trainable: parameters trained; micro_batch: sequences, 0 = chosen."""
     width, layers, inner, shared = block_sizes(shape.fields)
-    rows = max(1, shape.batch_tokens // shape.seq_len)
-    micro = min(rows, micro_batch or max(1, MICRO_TOKENS // shape.seq_len))
-    tokens = micro * shape.seq_len
+    tokens = micro_batch_of(shape, micro_batch) * shape.seq_len
     per_layer = (WIDTHS_PER_LAYER - 4 * (1 - shared)) * width + INNERS_PER_LAYER * inner + shape.seq_len
     head_gradient = shape.vocab_size * width if trainable >= shape.parameters else 0
     return Memory(
@@ -60,3 +58,13 @@ def estimate_memory(shape: Shape, trainable: int, *, micro_batch: int) -> Memory
         activations=FLOAT_BYTES * tokens * (layers * per_layer + WIDTHS_OUTSIDE * width),
         logits=FLOAT_BYTES * (LOGITS_COPIES * LOGITS_ROWS * shape.vocab_size + head_gradient),
     )
+
+
+def micro_batch_of(shape: Shape, micro_batch: int) -> int:
+    """Sequences of a forward pass. micro_batch: as the recipe says, 0 = chosen."""
+    return min(rows_of(shape), micro_batch or max(1, MICRO_TOKENS // shape.seq_len))
+
+
+def rows_of(shape: Shape) -> int:
+    """Sequences of an optimizer step."""
+    return max(1, shape.batch_tokens // shape.seq_len)
