@@ -151,7 +151,7 @@ def _cost_notes(stage: StagePlan) -> list[str]:
 
 def _parts(cost: Cost) -> str:
     if cost.memory is None:
-        return "measured, with the optimizer's state and the copies that a save takes"
+        return cost.measured
     parts = {
         "torch itself": cost.memory.base,
         "weights, gradients and moments": cost.memory.weights + cost.memory.gradients + cost.memory.moments,

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fmcore.artifacts.types import Checkpoint
 from fmcore.errors import StoreError, TrainingError
 from fmcore.model.outside import CONFIG
 from fmcore.planning.memory import micro_batch_of, rows_of
-from fmcore.planning.shape import Shape, block_sizes
+from fmcore.planning.shape import Shape, adapter_parameters, block_sizes, flops_per_token, trainable_parameters
 from fmcore.process.launch import Child, num_gpus
 from fmcore.process.machine import machine_name
 from fmcore.recipes.fields import Execution, Lora
@@ -32,12 +32,16 @@ from fmcore.training.workload import Timing, Workload
 FOLDER = Path("cache", "calibrations")  # below the home
 RESULT = "result.json"
 TIMEOUT_S = 60.0  # of the process as a whole, which usually takes about 10
-STEPS_S = 10.0  # what its fewest steps may be foretold to take
-FEWEST_PASSES = 4  # of a micro-batch: two to warm up, two that are timed
+STEPS_S = 15.0  # what its fewest steps may be foretold to take ...
+FLOPS_PER_CORE = 35e9  # ... at half of what a matrix product reaches; not measured, for other work would decide
+FEWEST_PASSES = 3  # of a micro-batch: one to warm up, two that are timed
 FREE_SHARE = 0.8  # of the free memory that a calibration may be foretold to need
 MIN_TRAIN_S = 5.0  # of a training that says something of speed
 CLOSE_VOCABULARY = 0.1
 GRACE_S = 2.0
+# what trainings need beyond their calibrations, which have no tokenizer, data, writing thread, or time to fragment;
+# of a process on a CPU (benchmarks/README.md)
+ADDED_BYTES = 60e6
 BUSY_SHARE = 0.1  # of the processors: what was measured while other work had more ...
 BUSY_KEPT_S = 600.0  # ... holds for as long as this
 
@@ -50,7 +54,8 @@ class NotCalibrated(Exception):
 class StepCost:
     """What a training takes, by formulas or by measurement. seconds, flops: per token; peak_bytes: of memory.
 
-    parameters: of the whole model; trained: of those, and adapters, what the optimizer sees. basis: where it is from.
+    parameters: of the whole model; trained: of those, and adapters, what the optimizer sees. basis: where it is from;
+    measured: how the memory was, if it was.
     """
 
     seconds: float
@@ -59,6 +64,7 @@ class StepCost:
     trained: int
     peak_bytes: float
     basis: str
+    measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,25 +74,22 @@ class Calibrator:
     store: Store
     say: Callable[[str], None]
 
-    def measure(self, recipe: StageRecipe, shape: Shape, formulas: StepCost) -> StepCost:
+    def measure(self, recipe: StageRecipe, shape: Shape, peak_bytes: float) -> StepCost:
         """What a training like this took, or what a few steps of it take now. Raises NotCalibrated.
 
-        formulas: what they say; where that is too long or too much memory, no steps are taken.
+        peak_bytes: of memory, by the formulas; where they say too much, no steps are taken.
         """
         workload, processes = workload_of(recipe, shape), num_processes(recipe.execution)
         if earlier := comparable_training(workload, rows_of(shape), processes, self.store):
-            return _as_it_went(earlier, formulas)
+            return _as_it_went(earlier, recipe, shape)
         if processes > 1:
             raise NotCalibrated(f"{processes} processes share the work")
         timing = self._kept(workload)
         if timing is None:
-            _check_bounds(workload, formulas)
+            _check_bounds(workload, peak_bytes, flops_per_token(shape, trainable_parameters(recipe, shape)))
             self.say("taking a few steps of this model, to see what they take (--no-calibration goes without) ...")
             timing = self._calibrate(workload, recipe.execution)
-        return StepCost(
-            (timing.micro_s / workload.micro_batch + timing.update_s / rows_of(shape)) / shape.seq_len,
-            timing.flops_per_token, timing.parameters, timing.trained, timing.peak_bytes, _calibrated_on(timing),
-        )  # fmt: skip
+        return _as_calibrated(timing, workload, rows_of(shape))
 
     def _path(self, workload: Workload) -> Path:
         return self.store.home / FOLDER / f"{workload.key[:16]}.json"
@@ -111,33 +114,46 @@ class Calibrator:
         return timing
 
 
-def _calibrated_on(timing: Timing) -> str:
+def _as_calibrated(timing: Timing, workload: Workload, rows: int) -> StepCost:
+    """A step's micro-batches, as many as its rows need, and its one update, by token."""
     steps = f"calibrated on {timing.num_steps} step{'s' if timing.num_steps > 1 else ''}"
     busy = f" while other work had {timing.others:.0%} of the processors" if timing.others > BUSY_SHARE else ""
-    return steps + busy
+    added = ADDED_BYTES if device_of(workload.device) == "cpu" else 0.0
+    return StepCost(
+        seconds=(timing.micro_s / workload.micro_batch + timing.update_s / rows) / workload.seq_len,
+        flops=timing.flops_per_token,
+        parameters=timing.parameters,
+        trained=timing.trained,
+        peak_bytes=timing.peak_bytes + added,
+        basis=steps + busy,
+        measured=f"measured with optimizer and copies for a save, {added / 1e6:.0f} MB added for tokenizer and data",
+    )
 
 
 def _run(folder: Path, threads: int) -> None:
-    lock = os.open(os.devnull, os.O_RDONLY)  # nobody else's
+    lock, start = os.open(os.devnull, os.O_RDONLY), time.monotonic()  # nobody else's lock
     try:
         Child(
             "fmcore.training.calibration", folder, lock=lock, grace_s=GRACE_S, hang_timeout_s=TIMEOUT_S,
             threads=threads,
         ).run(on_line=lambda line: None)  # fmt: skip
     except TrainingError as error:
-        raise NotCalibrated(f"its process failed: {str(error).splitlines()[-1]}") from error
+        late = time.monotonic() - start > TIMEOUT_S
+        why = f"the steps took over {TIMEOUT_S:.0f} s" if late else f"its process failed: {str(error).splitlines()[-1]}"
+        raise NotCalibrated(why) from error
     finally:
         os.close(lock)
 
 
-def _check_bounds(workload: Workload, formulas: StepCost) -> None:
-    """Refuse what would take too long, or drive the machine into swap, by the formulas, which know CPUs alone."""
+def _check_bounds(workload: Workload, peak_bytes: float, flops: float) -> None:
+    """Refuse what would take too long, or drive the machine into swap, by formulas, which know CPUs alone."""
     if device_of(workload.device) != "cpu":
         return
-    needed, free = formulas.peak_bytes, psutil.virtual_memory().available
-    if needed > FREE_SHARE * free:
-        raise NotCalibrated(f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-    seconds = FEWEST_PASSES * workload.micro_batch * workload.seq_len * formulas.seconds
+    free = psutil.virtual_memory().available
+    if peak_bytes > FREE_SHARE * free:
+        raise NotCalibrated(f"it needs about {peak_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    tokens = FEWEST_PASSES * workload.micro_batch * workload.seq_len
+    seconds = tokens * flops / (FLOPS_PER_CORE * workload.threads)
     if seconds > STEPS_S:
         raise NotCalibrated(f"{FEWEST_PASSES} micro-batches take about {seconds:.0f} s")
 
@@ -210,11 +226,15 @@ def _form(fields: dict[str, Any]) -> tuple[object, ...]:
     return fields["model_type"], *block_sizes(fields), fields.get("tie_word_embeddings", True)
 
 
-def _as_it_went(checkpoint: Checkpoint, formulas: StepCost) -> StepCost:
+def _as_it_went(checkpoint: Checkpoint, recipe: StageRecipe, shape: Shape) -> StepCost:
     """Its speed and memory; parameters and FLOPs are the new model's own."""
-    return replace(
-        formulas,
+    trained = trainable_parameters(recipe, shape)
+    return StepCost(
         seconds=1 / checkpoint.figures["mean_tokens_per_sec"],
+        flops=flops_per_token(shape, trained),
+        parameters=shape.parameters + adapter_parameters(shape, trained),
+        trained=trained,
         peak_bytes=checkpoint.figures["peak_memory_mb"] * 1e6,
         basis=f"as {checkpoint.name}-{checkpoint.short} went",
+        measured="as measured then",
     )

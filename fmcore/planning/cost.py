@@ -6,7 +6,7 @@ measurements.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -17,7 +17,7 @@ from fmcore.data.detect import about_chars
 from fmcore.data.sources import source_files
 from fmcore.planning.calibration import MIN_TRAIN_S, Calibrator, NotCalibrated, StepCost
 from fmcore.planning.memory import Memory, estimate_memory
-from fmcore.planning.shape import Shape, flops_per_token, shape_of, trainable_parameters
+from fmcore.planning.shape import Shape, adapter_parameters, flops_per_token, shape_of, trainable_parameters
 from fmcore.planning.steps import StageSteps
 from fmcore.recipes.fields import TextData
 from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, StageRecipe
@@ -32,8 +32,9 @@ SAVE_BYTES_PER_S = 100e6  # written, flushed, and read back to be verified
 class Cost:
     """What a training takes. tokens: positions fed; epochs: passes over its own tokens; seconds: of its steps, about.
 
-    parameters: of the whole model, 0 where the parent is not known here. peak_bytes: of memory; memory: what it is
-    for, None where it was measured as a whole. save_seconds: of one saved state. basis: where all of it is from.
+    parameters: of the whole model, adapters included, 0 where the parent is not known here. peak_bytes: of memory;
+    memory: what it is for, None where it was measured as a whole, and measured says how. save_seconds: of one saved
+    state. basis: where all of it is from.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class Cost:
     peak_bytes: float
     memory: Memory | None
     basis: str
+    measured: str = ""
 
     @property
     def stop_seconds(self) -> float:
@@ -69,28 +71,29 @@ def estimate_cost(
     if shape is None:
         return Cost(tokens, epochs, 0, 0.0, 0.0, 0, 0.0, 0.0, None, f"its parent is not known here; {counted}")
     memory = estimate_memory(shape, trainable_parameters(recipe, shape), micro_batch=recipe.execution.micro_batch)
-    step, measured = _step_cost(recipe, shape, memory, store, calibrator)
+    step = _step_cost(recipe, shape, memory, store, calibrator)
     return Cost(
         tokens, epochs, step.parameters, step.flops * tokens, step.seconds * tokens, ceil(tokens / shape.batch_tokens),
-        STATE_BYTES * step.trained / SAVE_BYTES_PER_S, step.peak_bytes, None if measured else memory,
-        f"{step.basis}; {counted}",
+        STATE_BYTES * step.trained / SAVE_BYTES_PER_S, step.peak_bytes, None if step.measured else memory,
+        f"{step.basis}; {counted}", step.measured,
     )  # fmt: skip
 
 
 def _step_cost(
     recipe: StageRecipe, shape: Shape, memory: Memory, store: Store, calibrator: Calibrator | None
-) -> tuple[StepCost, bool]:
-    """What a token takes, and whether that was measured."""
+) -> StepCost:
+    """What a token takes, as measured if it can be."""
+    why = ""
+    if calibrator:
+        try:
+            return calibrator.measure(recipe, shape, memory.peak)
+        except NotCalibrated as error:
+            why = f", not calibrated: {error}"
     trained = trainable_parameters(recipe, shape)
     flops = flops_per_token(shape, trained)
     rate, basis = flops_rate(shape.parameters, store)
-    formulas = StepCost(flops / rate, flops, shape.parameters, trained, memory.peak, basis)
-    if calibrator is None:
-        return formulas, False
-    try:
-        return calibrator.measure(recipe, shape, formulas), True
-    except NotCalibrated as why:
-        return replace(formulas, basis=f"{basis}, not calibrated: {why}"), False
+    parameters = shape.parameters + adapter_parameters(shape, trained)
+    return StepCost(flops / rate, flops, parameters, trained, memory.peak, basis + why)
 
 
 def _amount(recipe: StageRecipe, own: int) -> tuple[int, float]:
@@ -130,8 +133,8 @@ def flops_reached(checkpoint: Checkpoint) -> float:
     return checkpoint.figures["mfu"] * checkpoint.figures["peak_flops"]
 
 
-def measure_gemm(size: int = 768, repeats: int = 5) -> float:
-    """FLOP/s of an fp32 matrix product, the best of a few."""
+def measure_gemm(size: int = 768, repeats: int = 20) -> float:
+    """FLOP/s of an fp32 matrix product, the best of a few, for other work slows some."""
     left = np.ones((size, size), dtype=np.float32)
     best = float("inf")
     for _ in range(repeats):

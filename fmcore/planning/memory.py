@@ -2,9 +2,8 @@
 
     peak = base + weights + gradients + moments + copies + activations + logits
 
-in fp32: 4 bytes per parameter of weights; per trained one 4 of gradients, 8 of AdamW's two moments, and 16 of
-copies while gradients are clipped and states saved, which the allocator keeps for the next time instead of
-giving them back. Activations are those of one micro-batch.
+in fp32: 4 bytes per parameter of weights; per trained one 4 of gradients, 8 of AdamW's two moments, and 12 of the
+copy that is saved, which is kept for the next save. Activations are those of one micro-batch.
 """
 
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from dataclasses import dataclass
 from fmcore.planning.shape import Shape, block_sizes
 
 FLOAT_BYTES = 4
-BASE_BYTES = 424e6  # Python with torch (CPU), transformers and peft imported, before any tensor
+BASE_BYTES = 530e6  # Python with torch (CPU), transformers and peft, the tokenizer, the trial of model and machine
 MICRO_TOKENS = 2048  # of a micro-batch that is chosen for you, as fmcore.training.child does
-COPIED_BYTES = 16  # per trained parameter: 4 when clipping, 4 of the weights and 8 of the moments when saving
+COPIED_BYTES = 12  # per trained parameter: 4 of the weights and 8 of the moments
 # floats of a Llama-like block per token, of the width and of the inner width: what the backward pass needs, and
 # what the allocator keeps besides; fitted to benchmarks/training_memory.py. The mask takes seq_len more
-WIDTHS_PER_LAYER = 19
-INNERS_PER_LAYER = 6
+WIDTHS_PER_LAYER = 20
+INNERS_PER_LAYER = 6.5
 # widths outside the blocks, per token: embedding, last norm, hidden states and their gradient
 WIDTHS_OUTSIDE = 6
 LOGITS_ROWS = 256  # rows of logits that exist at once (fmcore.training.loss) ...

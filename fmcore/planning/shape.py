@@ -62,14 +62,18 @@ def trainable_parameters(recipe: StageRecipe, shape: Shape) -> int:
 def flops_per_token(shape: Shape, trained: int) -> float:
     """Of a forward and a backward pass: the formula of `fmcore.training.figures`, from the config alone.
 
-    4 per parameter in matrix products, 2 more where it is trained, 12 x layers x width x context. trained: parameters;
-    fewer than the model has are adapters' and come on top of it.
+    4 per parameter in matrix products, 2 more where it is trained, 12 x layers x width x context.
     """
     width, layers, _, _ = block_sizes(shape.fields)
     looked_up = 0 if shape.fields.get("tie_word_embeddings", True) else shape.vocab_size * width
     product = shape.parameters - looked_up - (2 * layers + 1) * width
-    adapters = trained if trained < shape.parameters else 0
+    adapters = adapter_parameters(shape, trained)
     return 4.0 * (product + adapters) + 2.0 * (adapters or product) + 12.0 * layers * width * shape.seq_len
+
+
+def adapter_parameters(shape: Shape, trained: int) -> int:
+    """Of the parameters trained, those that come on top of the model's: all of them, or none."""
+    return trained if trained < shape.parameters else 0
 
 
 def block_sizes(fields: dict[str, Any]) -> tuple[int, int, int, float]:

@@ -332,7 +332,7 @@ class Execution(Block):
     micro_batch: int = Field(
         0,
         ge=0,
-        description="Sequences per forward pass; 0 = about 8,192 tokens. A resumed run keeps its own.",
+        description="Sequences per forward pass; 0 = about 2,048 tokens. A resumed run keeps its own.",
     )
     mirror: str = Field(
         "",

@@ -60,7 +60,7 @@ def test_every_stage_of_a_lifecycle_is_calibrated_and_json_stays_json(
     assert said.err.count("taking a few steps") == 1  # the four have one shape and one context
     assert {stage["train"]["parameters"] for stage in stages} == {33_440}
     again = cli(fresh_home, "plan", path)
-    assert again.out.count("measured, with the optimizer's state") == 4
+    assert again.out.count("measured with optimizer and copies for a save") == 4
     assert not again.err
 
 
@@ -177,9 +177,10 @@ def test_memory_grows_with_what_it_is_made_of() -> None:
     fields = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4}
     shape = Shape(fields, 2_500_000, 4096, 256, 8192)
     whole = estimate_memory(shape, shape.parameters, micro_batch=0)
-    assert whole.peak == pytest.approx(1_486e6, rel=0.05)  # measured: 1,514 MB
-    assert estimate_memory(shape, shape.parameters, micro_batch=1).peak == pytest.approx(564e6, rel=0.05)
-    assert estimate_memory(shape, shape.parameters, micro_batch=100).peak == whole.peak  # a batch holds 32 sequences
+    assert whole.peak == pytest.approx(880e6, rel=0.05)  # measured
+    assert estimate_memory(shape, shape.parameters, micro_batch=1).peak == pytest.approx(637e6, rel=0.05)  # measured
+    most = estimate_memory(shape, shape.parameters, micro_batch=32)  # as many sequences as a batch holds
+    assert estimate_memory(shape, shape.parameters, micro_batch=100).peak == most.peak > whole.peak
     adapters = estimate_memory(shape, 100_000, micro_batch=0)
     assert adapters.activations == whole.activations
     assert adapters.peak < whole.peak - 15e6

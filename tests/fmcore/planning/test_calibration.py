@@ -121,8 +121,22 @@ def test_adapters_are_calibrated_as_adapters(
     assert "calibrated" in lora.basis
     made = based.train(recipe)
     assert lora.parameters == made.num_parameters
+    figures = made.figures
+    flops = figures["mfu"] * figures["peak_flops"] / figures["mean_tokens_per_sec"]
+    assert lora.flops == pytest.approx(flops * lora.tokens)
     assert lora.save_seconds < full.save_seconds / 10
     assert lora.flops / lora.tokens < full.flops / full.tokens
+
+
+def test_the_formulas_count_adapters_as_a_training_does(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
+    recipe = tiny.finetune(corpora["records"], method="lora", lora={"r": 2})
+    stage = based.resolve(recipe)
+    cost = estimate_cost(stage.recipe, stage.steps, parent_shape(None, stage.parent, based.store), based.store)
+    made = based.train(recipe)
+    figures = made.figures
+    flops = figures["mfu"] * figures["peak_flops"] / figures["mean_tokens_per_sec"]
+    assert cost.parameters == made.num_parameters
+    assert cost.flops == pytest.approx(flops * cost.tokens)
 
 
 def test_too_large_for_the_machine_is_said_and_not_tried(
@@ -138,7 +152,7 @@ def test_too_large_for_the_machine_is_said_and_not_tried(
     monkeypatch.undo()
     monkeypatch.setattr(Child, "run", lambda *_, **__: pytest.fail("steps were taken"))
     monkeypatch.setattr(calibration, "STEPS_S", 0.0)
-    assert "not calibrated: 4 micro-batches take about" in foretold(fresh_home, recipe).basis
+    assert "not calibrated: 3 micro-batches take about" in foretold(fresh_home, recipe).basis
     several = tiny.pretrain(corpora["old"], execution={"processes": 2})
     assert "not calibrated: 2 processes share the work" in foretold(fresh_home, several).basis
 
