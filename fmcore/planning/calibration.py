@@ -39,7 +39,7 @@ FREE_SHARE = 0.8  # of the free memory that a calibration may be foretold to nee
 MIN_TRAIN_S = 5.0  # of a training that says something of speed
 CLOSE_VOCABULARY = 0.1
 GRACE_S = 2.0
-# what trainings need beyond their calibrations, which have no tokenizer, data, writing thread, or time to fragment;
+# what pretraining needs beyond its calibration, which has no tokenizer, data, writing thread, or time to fragment;
 # of a process on a CPU (benchmarks/README.md)
 ADDED_BYTES = 60e6
 BUSY_SHARE = 0.1  # of the processors: what was measured while other work had more ...
@@ -96,12 +96,14 @@ class Calibrator:
 
     def _kept(self, workload: Workload) -> Timing | None:
         path = self._path(workload)
-        kept = read_json(path) if path.exists() else {}
-        if kept.get("key") != workload.key:
+        try:
+            kept = read_json(path)
+            timing = Timing.model_validate(kept["timing"])
+        except (OSError, ValueError, KeyError):  # there is none, or one of another version of ours
             return None
-        timing = Timing.model_validate(kept["timing"])
         old = time.time() - path.stat().st_mtime > BUSY_KEPT_S
-        return None if old and timing.others > BUSY_SHARE else timing
+        fresh = timing.others <= BUSY_SHARE or not old
+        return timing if fresh and kept["key"] == workload.key else None
 
     def _calibrate(self, workload: Workload, execution: Execution) -> Timing:
         path = self._path(workload)

@@ -71,8 +71,12 @@ def test_a_second_plan_takes_no_steps(
     assert len(kept(fresh_home)) == 1  # and nothing of the process is left
     monkeypatch.setattr(Child, "run", lambda *_, **__: pytest.fail("steps were taken"))
     assert foretold(fresh_home, recipe) == first
+    path = kept(fresh_home)[0]
     longer = foretold(fresh_home, tiny.pretrain(corpora["old"], train={"tokens": 40 * 256}))
     assert longer.seconds == pytest.approx(2 * first.seconds)
+    monkeypatch.undo()
+    path.write_text("{}")  # as another version may have left it
+    assert "calibrated" in foretold(fresh_home, recipe).basis
 
 
 @pytest.mark.parametrize(
