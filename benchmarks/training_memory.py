@@ -22,8 +22,8 @@ CASES = {
     "tiny": ("tiny", 4096, 256, 8192, 0),
     "tiny, one sequence": ("tiny", 4096, 256, 8192, 1),
     "tiny, vocabulary 16,384": ("tiny", 16384, 256, 8192, 0),
-    "small": ("small", 8192, 256, 8192, 0),
-    "small, 512 tokens": ("small", 8192, 512, 8192, 4),
+    "small": ("small", 8192, 256, 4096, 0),
+    "small, 512 tokens": ("small", 8192, 512, 4096, 4),
     "small, one sequence": ("small", 8192, 256, 1024, 1),
     "125m, one sequence": ("125m", 8192, 512, 1024, 1),
 }

@@ -121,14 +121,24 @@ def init(
 
 
 @app.command()
-def plan(recipe: RecipeFile, set_: Overrides = None, rehash: Rehash = False, json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    rehash: Rehash = False,
+    json: AsJson = False,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Take no steps: time and memory by formulas alone.")
+    ] = False,
+) -> None:
     """Say for each step of a recipe whether it is done, why not, and what the training will cost.
+
+    Where nothing in the home says what a step takes, a few are taken in a process of their own, once.
 
     Example: strata plan recipes/plays.yaml --set train.tokens=4_000_000
     """
     from deployments.planning import print_plan
 
-    print_plan(_load(recipe, set_, rehash), console, as_json=json)
+    print_plan(_load(recipe, set_, rehash), console, as_json=json, calibrate=not no_calibration)
 
 
 @app.command("list")

@@ -12,7 +12,7 @@ from deployments.drafts.text import TextDraft
 from fmcore.artifacts.store import Store
 from fmcore.artifacts.types import RegisteredModel
 from fmcore.errors import StrataError, UserInputError
-from fmcore.planning.explain import Cost
+from fmcore.planning.cost import Cost
 from fmcore.planning.sizes import BUDGET_S, rounded
 from fmcore.recipes.fields import NAME_PATTERN
 from fmcore.recipes.load import load_recipe

@@ -20,7 +20,7 @@ from fmcore.data.detect import DataFiles, data_files
 from fmcore.data.files import SourceFile
 from fmcore.data.look import RecordsLook, look_at_records
 from fmcore.errors import DataError, UserInputError
-from fmcore.planning.explain import BYTES_PER_TOKEN
+from fmcore.planning.cost import BYTES_PER_TOKEN
 from fmcore.planning.shape import Shape, folder_shape, parent_shape
 from fmcore.planning.sizes import BUDGET_S, batch_for, holdout_for, rounded, usual_rate
 from fmcore.recipes.fields import Task

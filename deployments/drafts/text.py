@@ -19,7 +19,7 @@ from fmcore.artifacts.store import Store
 from fmcore.data.look import TextLook, look_at_text
 from fmcore.errors import DataError
 from fmcore.model.presets import PRESETS, estimate_parameters
-from fmcore.planning.explain import BYTES_PER_TOKEN
+from fmcore.planning.cost import BYTES_PER_TOKEN
 from fmcore.planning.sizes import BUDGET_S, holdout_for, pretrain_sizes, rounded, usual_rate
 
 DEFAULT_HOLDOUT = 0.02

@@ -75,7 +75,8 @@ class Checkpoint(Artifact):
     """Trained weights: `final/` (registered), `stable/` (where the decay begins, with optimizer state).
 
     method: full (a transformers folder) or lora (an adapter over its parent). num_parameters counts the
-    whole model, num_trainable what the optimizer saw. figures: what training reached of its machine, by name.
+    whole model, num_trainable what the optimizer saw. figures: what training reached of its machine, by name;
+    conditions: which machine that was, and how it was used.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -87,6 +88,7 @@ class Checkpoint(Artifact):
     train_seconds: float
     final_loss: float
     figures: dict[str, float] = {}
+    conditions: dict[str, Any] = {}
 
     @property
     def imported(self) -> bool:

@@ -26,14 +26,22 @@ def build_model(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seq_
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    model = fresh_model(fields, seed)
+    if len(tokenizer) > model.config.vocab_size:
+        raise RecipeError(
+            f"model.config.vocab_size: {model.config.vocab_size} is less than the tokenizer's {len(tokenizer)}"
+        )
+    return model
+
+
+def fresh_model(fields: dict[str, Any], seed: int) -> PreTrainedModel:
+    """A decoder by all of its config fields, fp32. Raises RecipeError where it cannot be built, or trained."""
     torch.manual_seed(seed)
     try:
         config = AutoConfig.for_model(**fields)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError, StrictDataclassError) as error:
         raise RecipeError(f"model.config: transformers cannot build this model: {error}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise RecipeError(f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)}")
     return check_supported(model)
 
 

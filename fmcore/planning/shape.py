@@ -47,9 +47,7 @@ def shape_of(recipe: StageRecipe, parent: Shape | None, vocab_size: int = 0) -> 
     if parent is None:
         return None
     batch_tokens = recipe.train.batch_tokens or parent.batch_tokens
-    if isinstance(recipe, FinetuneRecipe):
-        return replace(parent, seq_len=recipe.train.seq_len or parent.seq_len, batch_tokens=batch_tokens)
-    return replace(parent, batch_tokens=batch_tokens)
+    return replace(parent, seq_len=recipe.train.seq_len or parent.seq_len, batch_tokens=batch_tokens)
 
 
 def trainable_parameters(recipe: StageRecipe, shape: Shape) -> int:
@@ -59,6 +57,23 @@ def trainable_parameters(recipe: StageRecipe, shape: Shape) -> int:
     width, layers, inner, shared = block_sizes(shape.fields)
     attention = 2 * (2 * width) + 2 * (width + int(width * shared))
     return recipe.lora.r * layers * (attention + 3 * (width + inner))
+
+
+def flops_per_token(shape: Shape, trained: int) -> float:
+    """Of a forward and a backward pass: the formula of `fmcore.training.figures`, from the config alone.
+
+    4 per parameter in matrix products, 2 more where it is trained, 12 x layers x width x context.
+    """
+    width, layers, _, _ = block_sizes(shape.fields)
+    looked_up = 0 if shape.fields.get("tie_word_embeddings", True) else shape.vocab_size * width
+    product = shape.parameters - looked_up - (2 * layers + 1) * width
+    adapters = adapter_parameters(shape, trained)
+    return 4.0 * (product + adapters) + 2.0 * (adapters or product) + 12.0 * layers * width * shape.seq_len
+
+
+def adapter_parameters(shape: Shape, trained: int) -> int:
+    """Of the parameters trained, those that come on top of the model's: all of them, or none."""
+    return trained if trained < shape.parameters else 0
 
 
 def block_sizes(fields: dict[str, Any]) -> tuple[int, int, int, float]:

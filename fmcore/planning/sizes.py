@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fmcore.artifacts.store import Store
 from fmcore.data.holdout import MIN_HELDOUT
 from fmcore.model.presets import PRESETS, estimate_parameters
-from fmcore.planning.explain import BYTES_PER_TOKEN, earlier_rate
+from fmcore.planning.calibration import FLOPS_PER_CORE
+from fmcore.planning.cost import BYTES_PER_TOKEN, nearest_training
 
 BUDGET_S = 300.0
-FLOPS_PER_CORE = 35e9  # half of what a matrix product reaches
 MAX_EPOCHS = 4  # repeated so often, data is nearly as good as new (Muennighoff et al. 2023, arXiv 2305.16264)
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, arXiv 2203.15556
 VOCABULARIES = ((500e3, 1024), (5e6, 2048), (50e6, 4096), (500e6, 8192), (5e9, 16384), (float("inf"), 32768))
@@ -43,10 +43,12 @@ class PretrainSizes:
 def usual_rate(parameters: int, store: Store) -> float:
     """FLOP/s of training here: as earlier trainings reached, else 35 GFLOP/s per core, as two cores with AVX2 did.
 
-    Not measured on the spot, as the plan does: a machine that is busy just now would get a smaller recipe.
+    Counted as these rules count, 6 per parameter and token. Not measured on the spot, as the plan does: a machine
+    that is busy just now would get a smaller recipe.
     """
-    earlier = earlier_rate(parameters, store)
-    return earlier[0] if earlier else FLOPS_PER_CORE * (os.cpu_count() or 1)
+    if earlier := nearest_training(parameters, store):
+        return 6.0 * earlier.num_parameters * earlier.num_tokens / earlier.train_seconds
+    return FLOPS_PER_CORE * (os.cpu_count() or 1)
 
 
 def pretrain_sizes(num_bytes: int, flops_rate: float) -> PretrainSizes:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fmcore.model.adapters import add_lora, save_adapter
 from fmcore.model.attention import may_use_varlen, use_varlen
 from fmcore.model.build import build_model, load_parameters, open_model
 from fmcore.process.guard import Heartbeat, Stop, run_main
+from fmcore.process.machine import machine_name
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
 from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
@@ -35,8 +37,7 @@ from fmcore.training.optimizer import make_optimizers
 from fmcore.training.parallel import PRECISIONS, Processes
 from fmcore.training.saving import Saver, could_not_save
 from fmcore.training.spec import TrainSpec
-
-MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}  # a CPU is as fast with 2,048 as with 8,192 (benchmarks/README.md)
+from fmcore.training.workload import MICRO_TOKENS
 
 
 def main(path: Path) -> bool:
@@ -207,7 +208,7 @@ def export(
             model = add_lora(alone, spec.lora) if spec.method == "lora" else alone
             load_parameters(model, tensors)
     if processes.is_first:
-        write_final(spec, folder, model, tokenizer, batches, state, reached)
+        write_final(spec, folder, model, tokenizer, batches, state, reached, processes.device)
 
 
 def write_final(
@@ -218,6 +219,7 @@ def write_final(
     batches: Batches,
     state: TrainState,
     reached: dict[str, float],
+    device: torch.device,
 ) -> None:
     """Export the final weights, the ledgers and the summary."""
     final = folder / "final"
@@ -242,8 +244,17 @@ def write_final(
         "train_seconds": state.seconds,
         "final_loss": state.smoothed_loss,
         "figures": reached,
+        "conditions": conditions(spec, state, device),
     }
     write_json(folder / "summary.json", summary)
+
+
+def conditions(spec: TrainSpec, state: TrainState, device: torch.device) -> dict[str, Any]:
+    """What the figures hold for: another training under the same conditions will reach as much."""
+    return {
+        "machine": machine_name(spec.device), "device": device.type, "torch": package_versions()["torch"],
+        "processes": state.processes, "threads": state.threads, "micro_batch": state.micro_batch,
+    }  # fmt: skip
 
 
 def _on_adapters(spec: TrainSpec) -> bool:

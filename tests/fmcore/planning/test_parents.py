@@ -12,7 +12,8 @@ import pytest
 from fmcore.artifacts.types import Checkpoint, RegisteredModel
 from fmcore.errors import RecipeError, TrackingError, UnknownModelError
 from fmcore.planning import parents
-from fmcore.planning.explain import estimate_cost, plan_steps
+from fmcore.planning.cost import estimate_cost
+from fmcore.planning.explain import plan_steps
 from fmcore.planning.shape import parent_shape
 from fmcore.recipes.load import parse_recipe
 

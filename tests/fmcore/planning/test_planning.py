@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from fmcore.artifacts.types import Checkpoint, RegisteredModel
+from fmcore.artifacts.types import Checkpoint, Documents, RegisteredModel
 from fmcore.errors import DataError, UnknownModelError
-from fmcore.planning.explain import estimate_cost, plan_steps, resume_note
+from fmcore.planning.cost import estimate_cost
+from fmcore.planning.explain import plan_steps, resume_note, small_holdouts
 from fmcore.planning.shape import parent_shape
 from fmcore.tracking.promote import promote
 
@@ -157,7 +158,9 @@ def test_costs(base_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     exact = cost(tiny.pretrain(corpora["old"]))
     assert exact.tokens == 20 * 256
     assert exact.parameters == checkpoint.num_parameters
-    assert exact.flops == pytest.approx(6.0 * exact.tokens * exact.parameters)
+    reached = checkpoint.figures
+    per_token = reached["mfu"] * reached["peak_flops"] / reached["mean_tokens_per_sec"]
+    assert exact.flops == pytest.approx(per_token * exact.tokens)  # as the training itself counts them
     assert exact.seconds > 0
     assert "counted" in exact.basis
     shards = base_home.shards(tiny.pretrain(corpora["old"]))
@@ -168,6 +171,50 @@ def test_costs(base_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     guessed = cost(tiny.continued(corpora["new"]))
     assert "guessed" in guessed.basis
     assert guessed.epochs == pytest.approx(1, rel=0.01)
+
+
+def test_another_models_artifacts_explain_nothing(
+    based: Any, tiny: Any, corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    """What of another recipe's settings differs is no reason; what is made of the same data is compared."""
+    other = tiny.pretrain(
+        tiny.corpus(tmp_path, "new"), name="other", evaluate={"max_documents": 50}, train={"lr": 4e-3}
+    )
+    because = planned(based, other)
+    assert because["prepare"] == "no documents of this kind yet"
+    assert because["evaluate"] == "no report of this kind yet"
+    again = planned(based, tiny.pretrain(corpora["old"], name="again", train={"lr": 4e-3}))
+    assert again["prepare"] == again["tokenize"] == ""
+    assert "train.lr: 0.005 -> 0.004" in again["train"]
+    assert again["evaluate"] == "train will run"
+
+
+def test_tasks_on_one_base_do_not_explain_each_other(
+    based: Any, tiny: Any, corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    based.run(tiny.finetune(corpora["records"]))
+    other = tiny.finetune(tiny.records(tmp_path, 60, "other"), name="other", evaluate={"max_examples": 20})
+    other["data"]["tasks"][0]["name"] = "other"
+    because = planned(based, other)
+    assert because["train"] == "no checkpoint of this kind yet"
+    assert because["evaluate"] == "no report of this kind yet"
+
+
+def test_a_held_out_set_too_small_for_the_gate_is_foretold(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
+    def told(**changes: Any) -> list[str]:
+        stage = based.resolve(tiny.pretrain(corpora["old"], **changes))
+        return list(small_holdouts(stage.recipe, stage.steps, based.store))
+
+    [documents] = based.store.all(Documents)
+    num = documents.counts["heldout"]["old"]
+    assert told(gate={"min_documents": num}) == []
+    [warning] = told(gate={"min_documents": num + 1})
+    assert f"old: {num} held-out documents" in warning
+    assert "raise holdout" in warning
+    [warning] = told(gate={"min_documents": 11}, evaluate={"max_documents": 10})
+    assert "old: 10 held-out documents" in warning
+    assert "raise evaluate.max_documents" in warning
+    assert told(gate={"min_documents": 500}, data={"holdout": 0.2}) == []  # of documents that are not there yet
 
 
 def test_what_is_not_there_is_one_clear_message(base_home: Any, tiny: Any, corpora: dict[str, Path]) -> None:
