@@ -206,9 +206,9 @@ def test_the_recipe_says_the_time_that_the_plan_foretells(
     cli: Any, fresh_home: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, slower: float, told: bool
 ) -> None:
     """Sizes come from a usual speed, the plan from a measured one: where they differ, init says so, and what to do."""
-    from fmcore.planning import explain, sizes
+    from fmcore.planning import cost, sizes
 
-    monkeypatch.setattr(explain, "measure_gemm", lambda: 2 * 2e8 / slower)
+    monkeypatch.setattr(cost, "measure_gemm", lambda: 2 * 2e8 / slower)
     monkeypatch.setattr(sizes, "FLOPS_PER_CORE", 2e8 / (os.cpu_count() or 1))
     tiny.corpus(Path.cwd(), num=600)
     said = cli(fresh_home, "init", "pretrain", "--data", "old.jsonl")
