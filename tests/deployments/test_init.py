@@ -214,14 +214,15 @@ def test_the_recipe_says_the_time_that_the_plan_foretells(
     said = cli(fresh_home, "init", "pretrain", "--data", "old.jsonl")
     assert said.code == 0, said.err
     [line] = [line for line in Path("old.yaml").read_text().splitlines() if "tokens: " in line and "epochs" in line]
-    assert f"about {5 * slower:.0f} minutes by the plan" in line
+    minutes = int(re.search(r"about (\d+) minutes by the plan", line)[1])  # type: ignore[index]
+    assert 5 * slower <= minutes <= 1.2 * 5 * slower  # the plan counts attention too
     assert ("more than the 5 minutes that init aims at" in said.out) == told
     shown = re.search(r"about (\d+):\d\d ", said.out)
     assert shown
-    assert abs(int(shown[1]) - 5 * slower) <= 1
+    assert abs(int(shown[1]) - minutes) <= 1
     assert "at the most" not in said.out + Path("old.yaml").read_text()
     if told:
         fewer = re.search(r"train.tokens: ([\d_]+)", said.out)
         assert fewer
-        again = cli(fresh_home, "plan", "old.yaml", "--set", f"train.tokens={fewer[1]}")
+        again = cli(fresh_home, "plan", "old.yaml", "--no-calibration", "--set", f"train.tokens={fewer[1]}")
         assert re.search(r"about (4:[3-5]\d|5:00) ", again.out)
