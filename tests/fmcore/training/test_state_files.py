@@ -74,7 +74,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 def test_going_back_to_before_the_first_step_leaves_no_moments(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 4)
-    fresh = Trainee(model, make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1))
+    fresh = Trainee(model, [make_adamw(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)])
     save_latest(tmp_path, fresh, state(0), ANCHOR)
     model(torch.randn(5, 3)).square().sum().backward()
     fresh.optimizers[0].step()
