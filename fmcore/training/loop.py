@@ -77,7 +77,7 @@ class Training:
         [self.stopping] = map(bool, self.processes.sum([self.stop.requested]))
         self.model.train()
         while True:
-            if begun and self._has_to_know():
+            if begun and not self.trouble and self._has_to_know():
                 self._end_step(begun)
                 begun = None
             if self.trouble:
@@ -106,11 +106,16 @@ class Training:
         self.saver.count_time(state)
         return True
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step begins before the last one has ended. A CPU has nothing else to do meanwhile."""
+        return self.processes.device.type != "cpu"
+
     def _has_to_know(self) -> bool:
-        """Whether what comes next depends on how the last step ended. A CPU has nothing else to do meanwhile."""
+        """Whether what comes next depends on how the last step ended."""
         step = self.state.step
         return (
-            self.processes.device.type == "cpu" or self.stopping or self.save_due or self.saver.is_anchor(self.state)
+            not self.is_ahead or self.stopping or self.save_due or self.saver.is_anchor(self.state)
             or step in (self.spec.schedule.stable_step, self.spec.schedule.num_steps)
         )  # fmt: skip
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from fmcore.errors import RecipeError
 from fmcore.process.launch import TrainingRefused
 from fmcore.recipes.load import parse_recipe
-from fmcore.training import layers, loop
+from fmcore.training import child, layers, loop
+from fmcore.training.batches import Batches
 from fmcore.training.loop import Training
 from fmcore.training.metrics import read_metrics
 from fmcore.training.train import checkpoint_step, precision_of
@@ -287,3 +288,54 @@ def test_no_step_waits_for_the_device(
     fresh_home.train(tiny.pretrain(corpora["old"]))
     assert "_fused_adamw_" in seen
     assert not seen & {"_local_scalar_dense", "masked_select", "equal"}, seen
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch, bad: set[bytes]) -> None:
+    """Every batch that holds certain rows has a loss that is no number."""
+    from fmcore.training import loss
+
+    whole, current = loss.chunked_loss, [b""]
+
+    class Watched(child.Batches):
+        def at(self, step: int, **given: Any) -> Any:
+            batch = super().at(step, **given)
+            current[:] = [batch.input_ids.numpy().tobytes()]
+            return batch
+
+    monkeypatch.setattr(child, "Batches", Watched)
+    monkeypatch.setattr(loss, "chunked_loss", lambda *g: whole(*g) * (float("nan") if current[0] in bad else 1.0))
+
+
+@pytest.mark.parametrize("trouble", [False, True])
+def test_a_device_that_is_ahead_ends_in_the_same_bits(
+    fresh_home: Any, tiny: Any, corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch, trouble: bool
+) -> None:
+    """Saves by the clock, anchors, skipped steps, going back, and a kill: nothing shows who waited for whom."""
+    recipe = tiny.pretrain(corpora["old"], train={"tokens": 40 * 256}, execution={"save_interval_s": 0})
+    order = Batches(fresh_home.spec(recipe), pad_id=2)
+    rows = [order.at(step).input_ids.numpy().tobytes() for step in range(40)]
+    spoilt(monkeypatch, set(rows[12:16]) if trouble else {rows[5]})
+
+    def course(made: Any) -> list[dict[str, Any]]:
+        return [
+            {name: row[name] for name in ("step", "tokens", "loss", "lr", "grad_norm", "skipped", "sources")}
+            for row in read_metrics(made.path / "metrics.jsonl")
+        ]
+
+    waiting = fresh_home.train(recipe)
+    kept, curve, spent = weights(waiting), course(waiting), waiting.figures
+    assert (spent["rollbacks"], spent["skipped_steps"]) == ((1, 0) if trouble else (0, 1))
+    shutil.rmtree(waiting.path)
+    monkeypatch.setattr(Training, "is_ahead", property(lambda self: True))
+    made = fresh_home.train(recipe)
+    assert same(weights(made), kept)
+    assert course(made) == curve
+    assert {name: made.figures[name] for name in ("rollbacks", "skipped_steps", "lost_steps")} == {
+        name: spent[name] for name in ("rollbacks", "skipped_steps", "lost_steps")
+    }
+    shutil.rmtree(made.path)
+    lose(fresh_home, recipe, monkeypatch, beats=26)
+    again = fresh_home.train(recipe)
+    assert again.figures["restarts"] == 1
+    assert same(weights(again), kept)
+    assert course(again) == curve
