@@ -32,7 +32,7 @@ COMPARED = 50  # steps whose losses are compared
 WORKLOADS: dict[str, dict[str, int]] = {
     "1m": {"vocabulary": 4096, "width": 128, "layers": 4, "inner": 344, "first": 60, "steps": 30},
     "9m": {"vocabulary": 16_384, "width": 256, "layers": 6, "inner": 688, "first": 56, "steps": 16},
-    "30m": {"vocabulary": 32_768, "width": 384, "layers": 10, "inner": 1024, "first": 25, "steps": 9},
+    "30m": {"vocabulary": 32_768, "width": 384, "layers": 10, "inner": 1024, "first": 16, "steps": 9},
 }
 
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from fmcore.model.build import ATTENTION, decoder_of
 
 VARLEN = "strata_varlen"  # a name that transformers makes no mask for
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # as configs name it
 NEEDED = {"scale", "window_size", "enable_gqa"}  # which the first versions of the kernel lacked
 PADDED_TO = 256  # boundaries, so that their number seldom changes, for which layers would be compiled again
 TRIED_TOKENS = 64
@@ -30,7 +31,10 @@ def varlen_attention(
 
     boundaries, longest: see `document_boundaries`.
     """
+    if dropout:
+        raise NotImplementedError("torch's variable-length kernel has no dropout")
     rows, heads = query.shape[:2]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in fp32
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (B*T, H, D)
     window = (sliding_window - 1 if sliding_window else -1, 0)
     mixed: Any = varlen_attn(
@@ -63,16 +67,20 @@ def may_use_varlen(device: torch.device, precision: str) -> bool:
     return device.type == "cuda" and precision == "bf16"
 
 
-def use_varlen(model: PreTrainedModel) -> bool:
+def use_varlen(model: PreTrainedModel, seq_len: int) -> bool:
     """Have a model on its device use the kernel, if it is there and gives there what masked attention gives.
 
-    False where it does not, or the model's attention does more than the kernel (dropout, capped scores).
+    False where it does not, or the model's attention does more than the kernel: dropout, capped scores, and windows
+    shorter than seq_len, which some models put into the mask alone.
     """
-    config = model.config
+    config, training = model.config, model.training
     if not set(inspect.signature(varlen_attn).parameters) >= NEEDED:
         return False
-    if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
+    if any(getattr(config, name, 0.0) for name in (*DROPOUTS, "attn_logit_softcapping", "attention_chunk_size")):
         return False
+    if (getattr(config, "sliding_window", None) or seq_len) < seq_len:
+        return False
+    model.eval()
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
         masked = _hidden(model)
         model.set_attn_implementation(VARLEN)
@@ -80,6 +88,7 @@ def use_varlen(model: PreTrainedModel) -> bool:
             kernel = _hidden(model)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):  # a kernel missing for device or shape
             kernel = torch.full_like(masked, torch.nan)
+    model.train(training)
     if torch.allclose(kernel, masked, rtol=0, atol=TOLERANCE * float(masked.abs().max())):
         return True
     model.set_attn_implementation(ATTENTION)

@@ -175,9 +175,9 @@ def workload_of(recipe: StageRecipe, shape: Shape) -> Workload:
         method="lora" if adapters else "full",
         lora=recipe.lora if isinstance(recipe, FinetuneRecipe) and adapters else Lora(),
         precision=precision_of(recipe),
-        optimizer=recipe.train.optimizer or "adamw",  # a parent's other one, which costs as much, is not looked up
+        optimizer=recipe.train.optimizer or "adamw",  # a parent's other one is not looked up
         device=execution.device,
-        threads=execution.threads or os.cpu_count() or 1,
+        threads=execution.threads or max(1, (os.cpu_count() or 1) // _processes_here(execution)),
         machine=machine_name(execution.device),
         packages=package_versions(),
     )
@@ -185,8 +185,11 @@ def workload_of(recipe: StageRecipe, shape: Shape) -> Workload:
 
 def num_processes(execution: Execution) -> int:
     """Processes that a new training of the recipe starts, on all machines together."""
-    own = num_gpus() if execution.device != "cpu" else 1
-    return (execution.processes or max(1, own)) * execution.nodes
+    return _processes_here(execution) * execution.nodes
+
+
+def _processes_here(execution: Execution) -> int:
+    return execution.processes or max(1, num_gpus() if execution.device != "cpu" else 1)
 
 
 def device_of(device: str) -> str:
@@ -219,7 +222,8 @@ def _same_work(checkpoint: Checkpoint, workload: Workload, rows: int, store: Sto
     micro_batch = min(rows, checkpoint.conditions["micro_batch"])
     if (spec["batch_samples"], spec["seq_len"], micro_batch) != (rows, workload.seq_len, workload.micro_batch):
         return False
-    if (spec["precision"], spec["optimizer_kind"]) != (workload.precision, workload.optimizer):
+    kinds = spec.get("precision", "fp32"), spec.get("optimizer_kind", "adamw")
+    if kinds != (workload.precision, workload.optimizer):
         return False
     if workload.method == "lora" and spec["lora"] != workload.lora.model_dump():
         return False

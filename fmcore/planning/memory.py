@@ -20,8 +20,7 @@ WIDTHS_PER_LAYER = 20
 INNERS_PER_LAYER = 6.5
 # widths outside the blocks, per token: embedding, last norm, hidden states and their gradient
 WIDTHS_OUTSIDE = 6
-LOGITS_ROWS = 256  # rows of logits that exist at once (fmcore.training.loss) ...
-LOGITS_COPIES = 2  # ... as logits, and as their gradient
+LOGITS_ROWS = 1024  # that exist at once, as logits and as their gradient in turn (fmcore.training.loss)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def estimate_memory(shape: Shape, trainable: int, *, micro_batch: int) -> Memory
         moments=2 * FLOAT_BYTES * trainable,
         copies=COPIED_BYTES * trainable,
         activations=FLOAT_BYTES * tokens * (layers * per_layer + WIDTHS_OUTSIDE * width),
-        logits=FLOAT_BYTES * (LOGITS_COPIES * LOGITS_ROWS * shape.vocab_size + head_gradient),
+        logits=FLOAT_BYTES * (LOGITS_ROWS * shape.vocab_size + head_gradient),
     )
 
 

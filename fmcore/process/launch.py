@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
@@ -54,7 +55,9 @@ class Layout:
 
 
 def num_gpus() -> int:
-    """GPUs that this process may use; told without torch, which takes seconds to import."""
+    """GPUs that this process may use, none with a torch for CPUs; told without torch, which takes seconds to import."""
+    if version("torch").endswith("+cpu"):
+        return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])

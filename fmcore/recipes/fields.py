@@ -349,7 +349,7 @@ class Execution(Block):
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="torch.compile, one decoder layer at a time. auto = where it saves more than it takes: long "
-        "trainings. A resumed run keeps its own.",
+        "trainings. A resumed run keeps its own, unless this is off.",
     )
     recompute_layers: int = Field(
         -1,

@@ -58,6 +58,7 @@ def calibrate(workload: Workload) -> Timing:
     start, busy = time.perf_counter(), _busy_elsewhere()
     micro_s, update_s = steps.time()
     others = (_busy_elsewhere() - busy) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+    processes.leave()
     return Timing(
         num_steps=len(micro_s),
         micro_s=statistics.median(micro_s),

@@ -257,8 +257,16 @@ def _step_of(folder: Path) -> int:
 
 
 def is_anchor(folder: Path, anchor_steps: int) -> bool:
-    """Whether a state folder is one that training may go back to."""
-    return _step_of(folder) % anchor_steps == 0
+    """Whether a state folder is one that training may go back to.
+
+    No such state is one that was saved on request after a step that was skipped: undisturbed, there would be none.
+    """
+    if _step_of(folder) % anchor_steps:
+        return False
+    try:
+        return bool(read_json(folder / STATE)["health"]["in_a_row"] == 0)
+    except (OSError, ValueError, TypeError, KeyError):  # damaged, which is found when it is loaded
+        return True
 
 
 def _pointer(latest: Path) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def main(path: Path) -> bool:
 
 
 def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, processes: Processes) -> bool:
+    if spec.optimizer_kind == "muon" and processes.world > 1:
+        raise RecipeError("train.optimizer: muon trains in one process; set execution.processes and nodes to 1")
     mirror = Mirror(spec.mirror, folder) if spec.mirror and processes.is_first else None
     if mirror and mirror.pull():
         print(f"there was no state here; fetched the copy at {spec.mirror}", flush=True)
@@ -68,10 +70,10 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     device = processes.device
     micro_batch = kept.get("micro_batch") or spec.micro_batch or max(1, MICRO_TOKENS[device.type] // spec.seq_len)
     total_flops = flops * spec.num_samples * spec.seq_len
-    wanted = spec.compile == "on" or (spec.compile == "auto" and pays_to_compile(total_flops, device))
-    compiled = prepare_layers(spec, model, micro_batch, kept.get("compiled", wanted), processes)
+    wanted = kept.get("compiled", spec.compile == "on" or pays_to_compile(total_flops, device))
+    compiled = prepare_layers(spec, model, micro_batch, wanted and spec.compile != "off", processes)
     step_model = StepModel(model).to(device)
-    step_model.varlen = may_use_varlen(device, spec.precision) and use_varlen(model)
+    step_model.varlen = may_use_varlen(device, spec.precision) and use_varlen(model, spec.seq_len)
     processes.shard(step_model, spec.precision)
     optimizers = make_optimizers(
         spec.optimizer_kind, trained.named_parameters(), decoder_layers(model), betas=spec.betas,
@@ -86,13 +88,13 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
         if spec.optimizer:
             trainee.load_optimizer(spec.optimizer.parent)
         saver.save_latest(state)  # what the bits depend on holds from the first step on
-    for warning in changes(state, processes.world):
+    for warning in changes(state, processes.world, compiled=compiled):
         processes.say(f"WARNING: {warning}")
-    state.processes = processes.world
-    if spec.optimizer_kind == "muon" and processes.world > 1:
-        raise RecipeError("train.optimizer: muon trains in one process; set execution.processes and nodes to 1")
+    state.processes, state.compiled = processes.world, compiled
     dtype = PRECISIONS[spec.precision]
     [peak] = processes.sum([measure_peak(device, dtype)])
+    if device.type == "cpu" and spec.precision == "bf16":
+        processes.say("WARNING: bf16 on a CPU is far slower than fp32; set train.precision: fp32")
     processes.say(_announcement(spec, trained, state))
     processes.say(f"MFU against {peak / 1e9:,.0f} GFLOP/s, a matrix product in {spec.precision} here; {FORMULA}")
     batches = Batches(spec, pad_id(tokenizer), state.health.windows)
@@ -129,11 +131,14 @@ def prepare_layers(
             model, rows=rows, seq_len=spec.seq_len, num_bytes=num_bytes, world=processes.world, device=processes.device
         ))  # fmt: skip
         count = max(counts)
+    compiled = wanted and _compile(spec, layers, processes)
     if count:
-        recompute(layers[:count])
+        recompute(layers[:count])  # what is compiled, so that it computes the same again
         processes.say(f"activations of {min(count, len(layers))} of {len(layers)} layers are computed again")
-    if not wanted:
-        return False
+    return compiled
+
+
+def _compile(spec: TrainSpec, layers: Sequence[torch.nn.Module], processes: Processes) -> bool:
     try:
         compile_layers(layers, processes.device)
     except RecipeError as error:
@@ -156,6 +161,7 @@ def prepare_torch(threads: int) -> int:
     threads = threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, and takes a hundredth of the time
     return threads
 
 
@@ -164,12 +170,15 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def changes(state: TrainState, world: int) -> Iterator[str]:
+def changes(state: TrainState, world: int, *, compiled: bool) -> Iterator[str]:
     """What the bits of the result depend on and is other than when the training began: right, but not to the bit."""
     now = package_versions()
     changed = [f"{name} {then} -> {now.get(name)}" for name, then in state.packages.items() if now.get(name) != then]
     if changed:
         yield f"resuming under other versions ({', '.join(changed)}); the last bits may differ"
+    if state.compiled != compiled:
+        then, now_ = ("compiled" if each else "not compiled" for each in (state.compiled, compiled))
+        yield f"resuming {now_} what was begun {then}; the last bits may differ"
     if state.processes != world:
         yield f"resuming with {world} processes what {state.processes} began; the last bits may differ"
 
@@ -254,6 +263,7 @@ def conditions(spec: TrainSpec, state: TrainState, device: torch.device) -> dict
     return {
         "machine": machine_name(spec.device), "device": device.type, "torch": package_versions()["torch"],
         "processes": state.processes, "threads": state.threads, "micro_batch": state.micro_batch,
+        "compiled": state.compiled,
     }  # fmt: skip
 
 

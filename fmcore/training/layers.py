@@ -1,6 +1,7 @@
 """What a decoder's layers are prepared with before training: compiled, or computed again instead of kept."""
 
 import functools
+import os
 from collections.abc import Sequence
 
 import psutil
@@ -14,8 +15,9 @@ from fmcore.model.build import decoder_of
 # torch.compile pays where the steps it shortens are worth more than the minute it takes, each time a training is
 # started. On a CPU measured by benchmarks/compiling.py: see benchmarks/README.md. On a GPU from published ratios.
 COMPILE_FLOPS = {"cpu": 2e15, "cuda": 1e17}
-STATE_BYTES = 16  # per trained parameter: weight, gradient and two moments, fp32
+TRAINED_BYTES = 16  # per trained parameter: weight, gradient and two moments, fp32
 COPY_BYTES = 12  # per trained parameter of what is copied to be saved: weight and moments, in the CPU's memory
+COUNTED_TOKENS = 1024  # a row of them is computed to count what it needs
 USABLE = 0.85  # of the free memory; the rest is for what the allocator cannot use
 
 
@@ -31,7 +33,7 @@ def pays_to_compile(flops: float, device: torch.device) -> bool:
 
 
 def compile_layers(layers: Sequence[torch.nn.Module], device: torch.device) -> None:
-    """Have each layer compiled when it is first run; static shapes, so that layers share one program.
+    """Have each layer's forward compiled when it is first run; static shapes, so that layers share one program.
 
     Raises RecipeError where this machine cannot compile.
     """
@@ -43,7 +45,8 @@ def compile_layers(layers: Sequence[torch.nn.Module], device: torch.device) -> N
             f"execution.compile: this machine cannot compile ({first}); install a C++ compiler, or set it to off"
         ) from error
     for layer in layers:
-        layer.compile(dynamic=False)
+        # forward alone: the hooks of FSDP2, which come after, stay outside
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def recompute(layers: Sequence[torch.nn.Module]) -> None:
@@ -53,8 +56,12 @@ def recompute(layers: Sequence[torch.nn.Module]) -> None:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that the backward pass needs of one row of so many tokens: counted, on a real forward pass."""
+def kept_bytes(model: PreTrainedModel, seq_len: int) -> int:
+    """Bytes that the backward pass needs of one row of seq_len tokens: counted, on a real forward pass.
+
+    Of two documents, as packed rows have them; of long rows a part is counted.
+    """
+    tokens = min(seq_len, COUNTED_TOKENS)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -65,12 +72,13 @@ def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
         return tensor
 
     row = torch.arange(tokens)[None]
+    positions = row % -(-tokens // 2)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = decoder_of(model)(
-            input_ids=row % model.get_input_embeddings().num_embeddings, position_ids=row, use_cache=False
+            input_ids=row % model.get_input_embeddings().num_embeddings, position_ids=positions, use_cache=False
         ).last_hidden_state
     del hidden  # alive until here, so that no two tensors had the same place
-    return sum(kept.values())
+    return sum(kept.values()) * seq_len // tokens
 
 
 def layers_to_recompute(
@@ -81,15 +89,19 @@ def layers_to_recompute(
     rows: of a micro-batch; num_bytes: of a number in the activations (4 in fp32, 2 in bf16); world: processes that
     share the model.
     """
+    layers = decoder_layers(model)
+    if not layers:
+        return 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    state = (STATE_BYTES * trained + 4 * frozen) / world
+    total = sum(p.numel() for p in model.parameters())
+    state = (TRAINED_BYTES * trained + 4 * (total - trained)) / world
+    if num_bytes < 4 and world == 1:
+        state += num_bytes * total  # what is computed with stays beside the fp32 weights
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         state += COPY_BYTES * trained / world
-    layers = decoder_layers(model)
     kept = kept_bytes(model, seq_len) * rows * num_bytes / 4
     missing = state + kept - USABLE * free
     if missing <= 0:

@@ -139,12 +139,13 @@ class Training:
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.trainee.parameters.values(), spec.grad_clip))
         late = time.monotonic() - self.last_save >= spec.save_interval_s and not self.saver.busy and processes.is_first
         loss, stopping, due = processes.add(loss, self.stop.requested, late)
+        grad_norm = grad_norm.to(loss)
         expected = state.health.begin()
         highest_loss, highest_norm = expected.limits(spec.spike_sigma)
         may = loss.isfinite() & grad_norm.isfinite() & (loss <= highest_loss) & (grad_norm <= highest_norm)
         step_unless(~may, self.trainee.optimizers)
         self.model.zero_grad(set_to_none=True)
-        outcome = OnTheWay(torch.stack([loss, grad_norm.to(loss), stopping, due]))
+        outcome = OnTheWay(torch.stack([loss, grad_norm, stopping, due]))
         state.step += 1
         state.tokens += batch.num_tokens
         return Begun(state.step - 1, batch, state.tokens, lr, expected, outcome, start)
@@ -202,6 +203,7 @@ class Training:
             self.log.go_back(saved.step)
         state.become(saved)
         self.trouble, self.skipped = "", False
+        self.save_due, self.last_save = False, time.monotonic()
         self.saver.save_latest(state)
         self.saver.wait()
 

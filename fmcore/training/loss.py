@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fmcore.model.build import decoder_of
 from fmcore.tokens.samples import IGNORE
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 1024  # smaller ones make slower matrix products (benchmarks/README.md)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -28,9 +28,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # the head's gradient only where it is trained
         grad_head = torch.zeros_like(head, dtype=exact) if need_head else None
         total = hidden.new_zeros((), dtype=exact)
-        # (R, V), used again for every chunk: fresh memory of this size costs more than the arithmetic
+        # (R, V), used again for every chunk: fresh memory of this size costs more than the arithmetic; in fp32 one
+        # buffer is logits, log-probabilities and gradient in turn
         logits = hidden.new_empty(min(CHUNK_ROWS, len(hidden)), len(head))
-        log_probs = torch.empty_like(logits, dtype=exact)
+        log_probs = logits if exact == logits.dtype else torch.empty_like(logits, dtype=exact)
         numbers = torch.arange(len(logits), device=hidden.device)
         weight = head.to(hidden.dtype)
         for start in range(0, len(hidden), CHUNK_ROWS):
@@ -51,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_head += grad.T @ rows
         ctx.head_dtype = head.dtype
-        ctx.save_for_backward(grad_hidden, grad_head, total.new_tensor(1.0 / denominator))
+        ctx.save_for_backward(grad_hidden, grad_head, total.new_full((), 1.0 / denominator))
         return total / denominator
 
     @staticmethod

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -118,12 +117,12 @@ class Processes:
             return
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         mesh = init_device_mesh(self.device.type, (self.world,))
         dtype = PRECISIONS[precision]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for module in (*decoder_layers(step.model), step):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.world > 1)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if self.world > 1 else False)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the labels of all: add, not average,
             module.set_force_sum_reduction_for_comms(True)  # and by a plain sum, which gloo has

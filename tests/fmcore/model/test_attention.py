@@ -34,6 +34,7 @@ def by_document(
     max_k: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
 ) -> torch.Tensor:  # fmt: skip
     """What the kernel's documentation says, slowly."""
+    assert query.dtype == key.dtype == value.dtype  # a kernel takes no mixture
     assert cu_q.dtype == torch.int32
     assert torch.equal(cu_q, cu_k)
     assert int(cu_q[0]) == 0
@@ -96,10 +97,10 @@ def test_it_is_what_masked_attention_is(kind: str) -> None:
 
 def test_a_kernel_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("llama")
-    assert not use_varlen(model)  # it raises on a CPU
+    assert not use_varlen(model, 64)  # it raises on a CPU
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(attention, "varlen_attn", by_document)
-    assert use_varlen(model)
+    assert use_varlen(model, 64)
     assert model.config._attn_implementation == VARLEN
     other = made("llama")
 
@@ -110,14 +111,27 @@ def test_a_kernel_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.Monke
         return by_document(query, key, value, one, one, len(query), len(query), **named)
 
     monkeypatch.setattr(attention, "varlen_attn", leaking)
-    assert not use_varlen(other)
+    assert not use_varlen(other, 64)
     assert other.config._attn_implementation == "sdpa"
 
 
-def test_what_the_kernel_cannot_do_is_left_to_the_mask(kernel: None) -> None:
-    model = made("llama")
-    model.config.attention_dropout = 0.1
-    assert not use_varlen(model)
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("llama", {"attention_dropout": 0.1}), ("llama", {"attn_pdrop": 0.1}), ("mistral", {}),
+        ("llama", {"attention_chunk_size": 8}),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_cannot_do_is_left_to_the_mask(kind: str, setting: dict[str, Any]) -> None:
+    model = made(kind)
+    model.config.update(setting)
+    assert not use_varlen(model, 64)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_window_as_long_as_the_rows_is_none() -> None:
+    assert use_varlen(made("mistral"), MODELS["mistral"]["sliding_window"])
 
 
 @pytest.mark.usefixtures("inline", "kernel")

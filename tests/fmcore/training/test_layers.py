@@ -102,7 +102,7 @@ def test_what_the_backward_pass_needs_is_counted(fresh_home: Any, tiny: Any, cor
     spec = fresh_home.spec(tiny.pretrain(corpora["old"]))
     model = build_model(spec.model, load_tokenizer(spec.tokenizer), 64, seed=0)
     short, long = layers.kept_bytes(model, 32), layers.kept_bytes(model, 64)
-    assert 1.9 < long / short < 2.2
+    assert 1.9 < long / short < 2.5  # a mask grows with the square
     width = model.config.hidden_size
     assert long > 2 * 10 * width * 64 * 4  # of two layers ten widths at the least
     layers.recompute(layers.decoder_layers(model))
@@ -162,10 +162,12 @@ def test_precision_follows_the_device(tiny: Any, corpora: dict[str, Path], monke
 # ---- Muon
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_trains_resumes_and_is_gone_on_with(
-    fresh_home: Any, tiny: Any, corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    fresh_home: Any, tiny: Any, corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    recipe = tiny.pretrain(corpora["old"], train={"optimizer": "muon"}, execution={"save_interval_s": 0})
+    settings = {"optimizer": "muon", "precision": precision}
+    recipe = tiny.pretrain(corpora["old"], train=settings, execution={"save_interval_s": 0})
     made = fresh_home.train(recipe)
     assert losses(made)[-1] < losses(made)[0] - 0.1
     state = load_file(made.path / "stable" / "optimizer.safetensors")
@@ -175,6 +177,8 @@ def test_muon_trains_resumes_and_is_gone_on_with(
     kept = weights(made)
     shutil.rmtree(made.path)
     lose(fresh_home, recipe, monkeypatch)
+    if precision == "bf16":
+        torch.distributed.destroy_process_group()  # which went with the process
     assert same(weights(fresh_home.train(recipe)), kept)
     fresh_home.run(recipe)
     spec = fresh_home.spec(tiny.continued(corpora["new"]))
@@ -239,6 +243,22 @@ def test_where_nothing_can_be_compiled(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {}])
+def test_what_is_compiled_is_computed_again_alike(
+    fresh_home: Any, tiny: Any, corpora: dict[str, Path], settings: dict[str, Any]
+) -> None:
+    curves = []
+    for how in ({"compile": "off"}, {"compile": "on"}, {"compile": "on", "recompute_layers": 2}):
+        made = fresh_home.train(tiny.pretrain(corpora["old"], train=settings, execution=how))
+        curves.append((losses(made), weights(made)))
+        shutil.rmtree(made.path)
+    assert curves[1][0] == pytest.approx(curves[0][0], abs=0.02 if settings else 1e-5)
+    assert curves[2][0] == curves[1][0]
+    assert same(curves[2][1], curves[1][1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_compiled_layers_train_alike_and_resume_to_the_same_bits(
     fresh_home: Any, tiny: Any, corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -255,7 +275,8 @@ def test_compiled_layers_train_alike_and_resume_to_the_same_bits(
     kept = weights(made)
     shutil.rmtree(made.path)
     lose(fresh_home, recipe, monkeypatch)
-    again = fresh_home.train(tiny.pretrain(corpora["old"], execution=fields))  # it keeps what it began with
+    recipe["execution"]["compile"] = "auto"  # it keeps what it began with
+    again = fresh_home.train(recipe)
     assert "resuming after step" in capfd.readouterr().out
     assert same(weights(again), kept)
 
