@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from fmcore.errors import RecipeError
 from fmcore.model.build import decoder_of
 
-# torch.compile pays where the steps it shortens are worth more than the minute it takes, each time a training is
-# started. On a CPU measured by benchmarks/compiling.py: see benchmarks/README.md. On a GPU from published ratios.
-COMPILE_FLOPS = {"cpu": 2e15, "cuda": 1e17}
+# torch.compile pays where the steps it shortens are worth more than the seconds it takes, each time a training is
+# started. On a CPU three times what benchmarks/compiling.py measured at 9 M; on a GPU from published ratios.
+COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 TRAINED_BYTES = 16  # per trained parameter: weight, gradient and two moments, fp32
 COPY_BYTES = 12  # per trained parameter of what is copied to be saved: weight and moments, in the CPU's memory
 COUNTED_TOKENS = 1024  # a row of them is computed to count what it needs
