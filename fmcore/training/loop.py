@@ -49,7 +49,7 @@ class Training:
     state of a step follow from its number alone, and all else is in the saved state. Several processes each
     take their share of a step's rows, and decide nothing but by what they have added up; log: the first one's.
 
-    A GPU is never waited for in a step: while it is at one, the outcome of the one before is read.
+    A GPU is not waited for in a step (Muon's apart): while it is at one, the outcome of the one before is read.
     """
 
     spec: TrainSpec
