@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from fmcore.artifacts.files import canonical_json, sha256_text
 from fmcore.recipes.fields import Lora
 
-# of a micro-batch that is chosen for you, by device; a CPU is about as fast with 2,048 as with 4,096 (benchmarks/README.md)
+# of a micro-batch that is chosen for you, by device; a CPU is about as fast with 4,096 (benchmarks/README.md)
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
