@@ -15,6 +15,12 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     targets: str | list[str] = lora.target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in lora.target_modules.split(",")]
+        heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        if any(f".{head}".endswith(f".{target}") for head in heads for target in targets):
+            raise RecipeError(
+                f"lora.target_modules: {heads[0]}, the output head, cannot have an adapter, for the loss is computed "
+                f"in chunks from the head's own weight; leave it out (all-linear does)"
+            )
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=targets,
         task_type="CAUSAL_LM",

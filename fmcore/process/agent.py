@@ -27,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fmcore.artifacts.files import read_json
 from fmcore.process.launch import (
+    BEGINS_VARIABLE,
     ERROR,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
@@ -48,6 +49,7 @@ def main(layout: Layout, module: str, spec: Path, *, begins: bool) -> int:
     """
     watch_parent(int(os.environ[PARENT_VARIABLE]))
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # the workers' parent
+    os.environ[BEGINS_VARIABLE] = str(int(begins))
     signal.signal(signal.SIGUSR1, _pass_on)
     threading.Thread(target=_watch_workers, args=(spec.parent,), daemon=True).start()
     code = 0

@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -74,6 +75,23 @@ class Heartbeat:
         """Show that we live."""
         self._path.touch()
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Beat while the block runs: one that waits for others, and has time limits of its own."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(WATCH_SECONDS):
+                self._path.touch()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
 
 def run_main(main: Callable[[Path], bool]) -> None:
     """Run a child's main on the spec named on the command line.
@@ -86,7 +104,8 @@ def run_main(main: Callable[[Path], bool]) -> None:
     try:
         done = main(spec)
     except StrataError as error:
-        (spec.parent / ERROR).write_text(str(error))
+        with suppress(OSError):  # on a disk that is full
+            (spec.parent / ERROR).write_text(str(error))
         sys.exit(EXIT_REFUSED)
     if not done and TORCHRUN_VARIABLE in os.environ:
         (spec.parent / STOPPED).touch()  # torchrun takes any other exit code for a failure

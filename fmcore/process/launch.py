@@ -3,6 +3,7 @@ and never leaves it behind.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from fmcore.errors import Interrupted, TrainingError
 from fmcore.redaction import without_credentials
 
 POLL_SECONDS = 0.2
+BEGINS_VARIABLE = "STRATA_BEGINS"  # 1 in the processes of the machine that began a training
 PARENT_VARIABLE = "STRATA_PARENT_PID"  # a parent that dies while the child still imports must be missed, too
 HEARTBEAT = "heartbeat"  # in the folder of the spec: touched by a child that lives
 ERROR = "error.txt"  # in the folder of the spec: what is wrong, where a child refuses
@@ -180,11 +182,19 @@ class Child:
             return
         if code == EXIT_INTERRUPTED:
             raise Interrupted("training was stopped after saving; run the same command again to resume")
-        if code == EXIT_REFUSED and (self._folder / ERROR).exists():
-            raise TrainingRefused((self._folder / ERROR).read_text().strip())
+        if code == EXIT_REFUSED:
+            error = self._folder / ERROR
+            raise TrainingRefused((error.read_text().strip() if error.exists() else "") or self._cannot_write())
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         end = "\n".join(last_lines[-12:])
         raise TrainingError(f"the process {self._module} ended with {cause}; its log is {self._log}:\n{end}")
+
+    def _cannot_write(self) -> str:
+        free = shutil.disk_usage(self._folder).free
+        return (
+            f"the training ended, and could not write why in {self._folder}, where {free / 1e6:,.0f} MB are free. "
+            f"Free some space, and run the same command again to go on from the last saved state"
+        )
 
 
 class TrainingRefused(TrainingError):

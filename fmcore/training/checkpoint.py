@@ -4,6 +4,7 @@ latest/step-00000123/  model.safetensors, optimizer.safetensors, state.json, man
                        of several processes a pair of files each, in the format of torch.distributed.checkpoint's
                        safetensors writer: what each holds of the parameters says its header. Any number of
                        processes reads them
+                       after going back: step-00000123-1, so that no state is ever replaced by another
 latest/pointer.json    which of the kept ones to resume from, and the sha256 of each one's manifest
 
 Kept are the last two, and the last two anchors, which training goes back to when it goes wrong.
@@ -13,9 +14,10 @@ its generator from (seed, step), so the step number is the whole of it.
 """
 
 import json
+import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ KEPT = 2
 POINTER = "pointer.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})(?:-(\d+))?")  # step, and how often training had gone back before it
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # as torch.distributed.checkpoint's safetensors reader expects
 
 
@@ -77,8 +80,8 @@ class TrainState(BaseModel):
     packages: dict[str, str]
 
     def become(self, other: "TrainState") -> None:
-        """Take over all of another state's values, but what was spent."""
-        for name in TrainState.model_fields.keys() - {"effort"}:
+        """Take over all of another state's values, but what was spent and how this attempt runs."""
+        for name in TrainState.model_fields.keys() - {"effort", "processes", "compiled"}:
             setattr(self, name, getattr(other, name))
 
 
@@ -129,7 +132,11 @@ class Trainee:
     def whole(self, *, keep: bool = True) -> Snapshot:
         """All of it, put together from all processes, which have to ask at the same time; keep: for which of them."""
         state = state_tensors(self.optimizers, self._names)
-        return Snapshot(_gathered(self.parameters, keep=keep), _gathered(state, keep=keep), {})
+        return Snapshot(self.weights(keep=keep), _gathered(state, keep=keep), {})
+
+    def weights(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The parameters alone, put together as `whole` does."""
+        return _gathered(self.parameters, keep=keep)
 
     def load(self, folder: Path) -> None:
         """Read weights and optimizer state back, as much of them as this process holds."""
@@ -180,10 +187,11 @@ def _copy(source: Mapping[str, torch.Tensor], target: dict[str, torch.Tensor]) -
         del target[name]
     with torch.no_grad():
         for name, tensor in source.items():
-            if name in target:
-                target[name].copy_(tensor)
-            else:
-                target[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            if name not in target:  # pinned, which a GPU fills several times as fast
+                target[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            target[name].copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in source.values()):
+        torch.cuda.synchronize()
 
 
 def write_state(folder: Path, snapshot: Snapshot, state: TrainState, processes: Processes = ALONE) -> str:
@@ -226,34 +234,49 @@ def _complete(temporary: Path, folder: Path, state: TrainState, manifest: dict[s
 
 
 def write_latest(
-    latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int, processes: Processes = ALONE
-) -> None:
-    """Write, verify by reading back, then move the pointer, then drop what is no longer kept."""
-    folder = latest / f"step-{state.step:08d}"
+    latest: Path, snapshot: Snapshot, state: TrainState, anchor_steps: int, processes: Processes = ALONE,
+    held: Callable[[], Collection[str]] = tuple,
+) -> None:  # fmt: skip
+    """Write, verify by reading back, then move the pointer, then drop what is no longer kept.
+
+    held: names of folders that somebody reads, and that are dropped another time.
+    """
+    gone_back = f"-{state.health.rollbacks}" if state.health.rollbacks else ""
+    folder = latest / f"step-{state.step:08d}{gone_back}"
     digest = write_state(folder, snapshot, state, processes)
-    processes.first(lambda: _point_at(folder, digest, anchor_steps))
+    processes.first(lambda: _point_at(folder, digest, anchor_steps, held))
 
 
-def _point_at(folder: Path, digest: str, anchor_steps: int) -> None:
+def _point_at(folder: Path, digest: str, anchor_steps: int, held: Callable[[], Collection[str]]) -> None:
     latest = folder.parent
-    if problem := damage(folder, digest):
-        raise OSError(f"the state just written does not read back: {problem}")
+    check_written(folder, digest)
     known = {name: sha for name, sha in _manifests(latest).items() if (latest / name).is_dir()}
     known[folder.name] = digest
-    whole = [path for path in _newest_first(latest) if path.name in known]
+    # of later steps are those that were damaged, of the same step is the one that was gone back to
+    whole = [folder, *(p for p in _newest_first(latest) if p.name in known and _place(p)[0] < _place(folder)[0])]
     kept = {path.name for path in (*whole[:KEPT], *[p for p in whole if is_anchor(p, anchor_steps)][:KEPT])}
     write_json(latest / POINTER, {"folder": folder.name, "manifests": {name: known[name] for name in sorted(kept)}})
-    for old in _newest_first(latest):
-        if old.name not in kept:
+    for old in latest.glob("step-*"):  # half-written ones too, of attempts that were killed
+        if old.name not in kept and old.name not in held():
             shutil.rmtree(old)
 
 
+def check_written(folder: Path, digest: str) -> None:
+    """Read a state back that was just written. Raises OSError where it is not what was meant."""
+    if problem := damage(folder, digest):
+        raise OSError(f"the state just written does not read back: {problem}")
+
+
 def _newest_first(latest: Path) -> list[Path]:
-    return sorted(latest.glob("step-????????"), reverse=True)
+    found = (path for path in latest.glob("step-*") if STEP_FOLDER.fullmatch(path.name))
+    return sorted(found, key=_place, reverse=True)
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _place(folder: Path) -> tuple[int, int]:
+    """(step, how often training had gone back): where a state stands among the others."""
+    match = STEP_FOLDER.fullmatch(folder.name)
+    assert match
+    return int(match[1]), int(match[2] or 0)
 
 
 def is_anchor(folder: Path, anchor_steps: int) -> bool:
@@ -261,7 +284,7 @@ def is_anchor(folder: Path, anchor_steps: int) -> bool:
 
     No such state is one that was saved on request after a step that was skipped: undisturbed, there would be none.
     """
-    if _step_of(folder) % anchor_steps:
+    if _place(folder)[0] % anchor_steps:
         return False
     try:
         return bool(read_json(folder / STATE)["health"]["in_a_row"] == 0)
@@ -287,7 +310,7 @@ def _manifests(latest: Path) -> dict[str, str]:
 def resume_points(latest: Path) -> Iterator[tuple[Path, str]]:
     """(state folder, sha256 of its manifest where that is known), the pointed one first, then newest to oldest."""
     manifests, pointed = _manifests(latest), _pointer(latest).get("folder")
-    folders = sorted(_newest_first(latest), key=lambda folder: folder.name != pointed)
+    folders = sorted(_newest_first(latest), key=lambda folder: folder.name != pointed)  # stable: newest first
     yield from ((folder, manifests.get(folder.name, "")) for folder in folders)
 
 
@@ -304,10 +327,11 @@ def load_anchor(latest: Path, trainee: Trainee, anchor_steps: int, processes: Pr
     The last may have been saved when things were going wrong already.
     """
     anchors = [point for point in resume_points(latest) if is_anchor(point[0], anchor_steps)]
-    kept = sorted(anchors, reverse=True)[:KEPT]
+    by_step = {_place(point[0])[0]: point for point in sorted(anchors, key=lambda point: _place(point[0]))}
+    kept = [by_step[step] for step in sorted(by_step, reverse=True)][:KEPT]
     state = _load_first([*kept[1:], *kept[:1]], trainee, processes)
     if state is not None:
-        later = [folder for folder in _newest_first(latest) if _step_of(folder) > state.step]
+        later = [folder for folder in _newest_first(latest) if _place(folder)[0] > state.step]
         processes.first(lambda: _remove(later))
     return state
 

@@ -24,14 +24,14 @@ from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.process.machine import machine_name
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
-from fmcore.training.checkpoint import Trainee, TrainState, initial_state, load_latest, peek_latest
+from fmcore.training.checkpoint import Trainee, TrainState, damage, initial_state, load_latest, peek_latest
 from fmcore.training.figures import FORMULA, count_restart, figures, flops_per_token, in_words, measure_peak
 from fmcore.training.health import anchor_interval
 from fmcore.training.layers import compile_layers, decoder_layers, layers_to_recompute, pays_to_compile, recompute
 from fmcore.training.loop import Training
 from fmcore.training.loss import StepModel
+from fmcore.training.metrics import ATTEMPTS, MetricsLog
 from fmcore.training.metrics import FILE_NAME as METRICS
-from fmcore.training.metrics import MetricsLog
 from fmcore.training.mirror import Mirror
 from fmcore.training.optimizer import make_optimizers
 from fmcore.training.parallel import PRECISIONS, Processes
@@ -58,8 +58,11 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     if spec.optimizer_kind == "muon" and processes.world > 1:
         raise RecipeError("train.optimizer: muon trains in one process; set execution.processes and nodes to 1")
     mirror = Mirror(spec.mirror, folder) if spec.mirror and processes.is_first else None
-    if mirror and mirror.pull():
-        print(f"there was no state here; fetched the copy at {spec.mirror}", flush=True)
+    if mirror:
+        with heartbeat.kept():
+            fetched = mirror.pull()
+        if fetched:
+            print(f"there was no state here; fetched the copy at {spec.mirror}", flush=True)
     kept = processes.first(lambda: peek_latest(folder / "latest")) or {}
     threads = prepare_torch(kept.get("threads") or spec.threads)
     tokenizer = load_tokenizer(spec.tokenizer)
@@ -102,12 +105,14 @@ def _train(spec: TrainSpec, folder: Path, stop: Stop, heartbeat: Heartbeat, proc
     try:
         with MetricsLog(folder / METRICS, state.step) if processes.is_first else nullcontext() as log:
             if resumed and log:
-                count_restart(state, log.lost, spec.batch_samples * spec.seq_len)
+                count_restart(state, folder / ATTEMPTS, log.lost, spec.batch_samples * spec.seq_len)
             training = Training(spec, step_model, trainee, batches, state, saver, log, stop, heartbeat, processes)
             done = training.run()
     except OSError as error:
         raise TrainingError(could_not_save(error, folder)) from error
-    saver.close()  # a copy that is on its way must not come after what is done has had its copies removed
+    if mirror:  # a copy that is on its way must not come after what is done has had its copies removed
+        with heartbeat.kept():
+            mirror.close(finish=not done)
     if not done:
         processes.say(f"stopped after step {state.step}, saved")
         return False
@@ -211,7 +216,7 @@ def export(
 ) -> None:
     """Have the first process write what comes out, from the weights of all."""
     if processes.sharded:
-        tensors = trainee.whole(keep=processes.is_first).model
+        tensors = trainee.weights(keep=processes.is_first)
         if processes.is_first:
             alone = make_model(spec, tokenizer)
             model = add_lora(alone, spec.lora) if spec.method == "lora" else alone
@@ -244,6 +249,7 @@ def write_final(
         model.config.use_cache = True  # generation wants its cache; only training must not have one
         model.save_pretrained(str(final), safe_serialization=True)
     tokenizer.save_pretrained(str(final))
+    drop_damaged(folder / "stable")
     write_ledgers(spec, folder, batches, state.health.skipped)
     summary = {
         "num_parameters": sum(p.numel() for p in model.parameters()),
@@ -256,6 +262,17 @@ def write_final(
         "conditions": conditions(spec, state, device),
     }
     write_json(folder / "summary.json", summary)
+
+
+def drop_damaged(stable: Path) -> None:
+    """Read the stable state once more before it is sealed: it may have lain there for days."""
+    if stable.exists() and (problem := damage(stable)):
+        print(
+            f"WARNING: the stable state was damaged since it was written ({problem}) and is left out; what continues "
+            f"from here starts from the final weights, without optimizer state",
+            flush=True,
+        )
+        shutil.rmtree(stable)
 
 
 def conditions(spec: TrainSpec, state: TrainState, device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ MFU (model FLOPs utilization, PaLM, arXiv 2204.02311, appendix B) is the FLOPs t
 recomputed, over those of a matrix product on this device in the same time.
 """
 
+import json
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from fmcore.training.checkpoint import TrainState
+from fmcore.training.metrics import read_metrics
 
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
 PEAK_REPEATS = 8
@@ -45,11 +47,22 @@ def flops_per_token(model: torch.nn.Module, config: PretrainedConfig, seq_len: i
     return 4.0 * product + 2.0 * trained + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
 
 
-def count_restart(state: TrainState, lost: list[dict[str, Any]], batch_tokens: int) -> None:
-    """Note that training goes on after an attempt that ended; lost: the rows of steps it has to do again."""
-    state.effort.restarts += 1
-    state.effort.lost_steps += len(lost)
-    state.effort.wall_s += sum(batch_tokens / row["tokens_per_sec"] for row in lost)
+def count_restart(state: TrainState, attempts: Path, lost: list[dict[str, Any]], batch_tokens: int) -> None:
+    """Note that training goes on after an attempt that ended; lost: the rows of steps it has to do again.
+
+    attempts: a file with a line for each attempt after the first, for one that ends before it has saved anything is
+    not in the state that the next one begins with.
+    """
+    effort = state.effort
+    seconds = sum(batch_tokens / row["tokens_per_sec"] for row in lost)
+    unsaved = [row for row in read_metrics(attempts) if row["restart"] > effort.restarts]
+    this = {"restart": effort.restarts + len(unsaved) + 1, "lost_steps": len(lost), "lost_s": seconds}
+    with attempts.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(this) + "\n")
+    for row in (*unsaved, this):
+        effort.restarts += 1
+        effort.lost_steps += row["lost_steps"]
+        effort.wall_s += row["lost_s"]
 
 
 def figures(state: TrainState, flops: float, peak: float, device: torch.device) -> dict[str, float]:

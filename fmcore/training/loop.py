@@ -90,7 +90,8 @@ class Training:
             if state.step == self.spec.schedule.stable_step and self.spec.method == "full":
                 self.saver.save_stable(state)
             if self.stopping:
-                self.saver.save_latest(state)
+                if state.step != saved:
+                    self.saver.save_latest(state)
                 self.saver.wait()
                 return False
             if (self.save_due or self.saver.is_anchor(state)) and not self.skipped and state.step != saved:

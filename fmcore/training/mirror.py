@@ -2,19 +2,20 @@
 
 <address>/latest/step-.../  <address>/latest/pointer.json  <address>/stable/  <address>/metrics.jsonl
 
-Training never waits for it: a thread copies what was saved and verified here. A state is whole there when its
-manifest is; the pointer comes last. Who fetches it checks every sha256 as for a state of its own.
+Training does not wait for it before its end: a thread copies what was saved and verified here, the newest first, and
+what is being copied is not dropped here meanwhile. A state is whole there when its manifest is; the pointer comes after
+it. Who fetches it checks every sha256 as for a state of its own.
 """
 
+import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from fmcore.artifacts.files import read_json
 from fmcore.errors import TrainingError
 from fmcore.training.checkpoint import MANIFEST, POINTER, damage
 from fmcore.training.metrics import FILE_NAME as METRICS
@@ -32,6 +33,12 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._again = False
         self._failing = False
+        self._closed = False
+        self._held: frozenset[str] = frozenset()
+
+    def held_states(self) -> Collection[str]:
+        """Names of state folders that must stay for now, for they are being copied."""
+        return self._held
 
     def push_soon(self) -> None:
         """Have a thread copy what is new; what is saved meanwhile is copied after it."""
@@ -41,8 +48,12 @@ class Mirror:
                 self._thread = threading.Thread(target=self._push_all, name="mirror", daemon=True)
                 self._thread.start()
 
-    def wait(self) -> None:
-        """Return when nothing is left to copy, or it cannot be copied."""
+    def close(self, *, finish: bool) -> None:
+        """Return when nothing is on its way any more: all is copied, or cannot be, or the file that was begun is.
+
+        finish: whether what is not yet copied is to be.
+        """
+        self._closed = not finish
         thread = self._thread
         if thread is not None:
             thread.join()
@@ -50,7 +61,7 @@ class Mirror:
     def _push_all(self) -> None:
         while True:
             with self._lock:
-                if not self._again:
+                if self._closed or not self._again:
                     self._thread = None
                     return
                 self._again = False
@@ -58,26 +69,47 @@ class Mirror:
                 self.push()
                 self._failing = False
             except Exception as error:  # a driver may raise anything; the state here is what counts
-                if not self._failing:
+                if not self._failing and not self._closed:
                     print(f"WARNING: the state is not copied to {self._address} for now: {_why(error)}", flush=True)
                 self._failing = True
 
     def push(self) -> None:
-        """Copy the states that are kept here, then the pointer to them, and drop what is no longer kept."""
+        """Copy the newest state, then the pointer to it, then the others; drop what is no longer kept."""
         filesystem, root = _open(self._address)
         latest = self._folder / LATEST
-        pointer = (latest / POINTER).read_bytes()
-        kept = sorted(read_json(latest / POINTER)["manifests"])
-        for name in kept:
-            _put_state(filesystem, latest / name, f"{root}/{LATEST}/{name}")
-        if (self._folder / STABLE / MANIFEST).exists():
-            _put_state(filesystem, self._folder / STABLE, f"{root}/{STABLE}")
-        if (self._folder / METRICS).exists():  # not before the first step
-            filesystem.pipe_file(f"{root}/{METRICS}", (self._folder / METRICS).read_bytes())
-        filesystem.pipe_file(f"{root}/{LATEST}/{POINTER}", pointer)
+        self._held = frozenset(path.name for path in latest.glob("step-*"))  # before it is known which of them count
+        try:
+            pointer = (latest / POINTER).read_bytes()
+            newest, kept = json.loads(pointer)["folder"], json.loads(pointer)["manifests"]
+            if (self._folder / STABLE / MANIFEST).exists():  # which a resume from the newest would not write again
+                self._put_state(filesystem, self._folder / STABLE, f"{root}/{STABLE}")
+            self._put_state(filesystem, latest / newest, f"{root}/{LATEST}/{newest}")
+            if (self._folder / METRICS).exists():  # not before the first step
+                filesystem.pipe_file(f"{root}/{METRICS}", (self._folder / METRICS).read_bytes())
+            filesystem.pipe_file(f"{root}/{LATEST}/{POINTER}", pointer)
+            for name in sorted(kept, reverse=True):
+                self._put_state(filesystem, latest / name, f"{root}/{LATEST}/{name}")
+        finally:
+            self._held = frozenset()
         for old in _names(filesystem, f"{root}/{LATEST}"):
             if old.startswith("step-") and old not in kept:
                 filesystem.rm(f"{root}/{LATEST}/{old}", recursive=True)
+
+    def _put_state(self, filesystem: Any, folder: Path, target: str) -> None:
+        """Copy a state folder, its manifest last, unless the same one is there, or nobody wants it any more."""
+        manifest = (folder / MANIFEST).read_bytes()
+        if filesystem.exists(f"{target}/{MANIFEST}") and filesystem.cat_file(f"{target}/{MANIFEST}") == manifest:
+            return
+        filesystem.makedirs(target, exist_ok=True)
+        for path in sorted(folder.iterdir()):
+            if self._closed:
+                raise InterruptedError("the training is done")
+            if path.name != MANIFEST:
+                filesystem.put_file(str(path), f"{target}/{path.name}")
+                there = filesystem.info(f"{target}/{path.name}")["size"]
+                if there != path.stat().st_size:
+                    raise OSError(f"{target}/{path.name} has {there} bytes instead of {path.stat().st_size}")
+        filesystem.pipe_file(f"{target}/{MANIFEST}", manifest)
 
     def pull(self) -> bool:
         """Fetch the states where there are none here; whether there were any. Raises TrainingError."""
@@ -117,21 +149,6 @@ def _open(address: str) -> tuple[Any, str]:
     filesystem, root = fsspec.core.url_to_fs(address)
     filesystem.invalidate_cache()
     return filesystem, root.rstrip("/")
-
-
-def _put_state(filesystem: Any, folder: Path, target: str) -> None:
-    """Copy a state folder, its manifest last, unless the same one is there."""
-    manifest = (folder / MANIFEST).read_bytes()
-    if filesystem.exists(f"{target}/{MANIFEST}") and filesystem.cat_file(f"{target}/{MANIFEST}") == manifest:
-        return
-    filesystem.makedirs(target, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
-            filesystem.put_file(str(path), f"{target}/{path.name}")
-            there = filesystem.info(f"{target}/{path.name}")["size"]
-            if there != path.stat().st_size:
-                raise OSError(f"{target}/{path.name} has {there} bytes instead of {path.stat().st_size}")
-    filesystem.pipe_file(f"{target}/{MANIFEST}", manifest)
 
 
 def _get_tree(filesystem: Any, source: str, folder: Path) -> None:

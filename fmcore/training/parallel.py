@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fmcore.process.guard import TORCHRUN_VARIABLE
-from fmcore.process.launch import MEETING
+from fmcore.process.launch import BEGINS_VARIABLE, MEETING
 from fmcore.training.layers import decoder_layers
 from fmcore.training.loss import StepModel
 
@@ -27,10 +27,11 @@ class Processes:
     rank: of this one, from 0; world: how many there are; device: what this one computes on.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1, *, speaks: bool = True) -> None:
         self.device = device
         self.rank = rank
         self.world = world
+        self._speaks = speaks
         # of the thread that writes states, whose talk must not come between two collectives of training
         self._saving = dist.new_group(backend="gloo") if world > 1 else None
         self.sharded = False  # whether the parameters are spread over the processes, be it over one
@@ -54,16 +55,18 @@ class Processes:
             init_method=f"file://{folder / MEETING / 'workers'}" if alone else "env://",
             rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
-        return cls(place, rank, world)
+        # torch makes any machine's process the first; who started the training reads along on one of them
+        speaks = os.environ.get(BEGINS_VARIABLE, "1") == "1" and os.environ["LOCAL_RANK"] == "0"
+        return cls(place, rank, world, speaks=speaks)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes what is written once, and speaks for all."""
+        """Whether this is the one that writes what is written once."""
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        """Print a line, once for all."""
-        if self.is_first:
+        """Print a line, once for all, where the training was begun."""
+        if self._speaks:
             print(line, flush=True)
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -13,6 +13,7 @@ from fmcore.training.checkpoint import (
     Snapshot,
     Trainee,
     TrainState,
+    check_written,
     load_anchor,
     write_latest,
     write_state,
@@ -55,9 +56,12 @@ class Saver:
         return self._trainee.snapshot(first=self._processes.is_first)
 
     def _write_latest(self, snapshot: Snapshot, state: TrainState) -> None:
-        write_latest(self._latest, snapshot, state, self._anchor_steps, self._processes)
-        if self._mirror is not None:
-            self._mirror.push_soon()
+        if self._mirror is None:
+            write_latest(self._latest, snapshot, state, self._anchor_steps, self._processes)
+            return
+        held = self._mirror.held_states
+        write_latest(self._latest, snapshot, state, self._anchor_steps, self._processes, held)
+        self._mirror.push_soon()
 
     def save_stable(self, state: TrainState) -> None:
         """Begin to write the state that continuous pre-training will start from."""
@@ -68,7 +72,7 @@ class Saver:
 
     def _write_stable(self, snapshot: Snapshot, state: TrainState) -> None:
         if self._processes.is_first:
-            write_state(self._folder / "stable", snapshot, state)
+            check_written(self._folder / "stable", write_state(self._folder / "stable", snapshot, state))
 
     def is_anchor(self, state: TrainState) -> bool:
         """Whether a state has to be saved, to be gone back to."""
@@ -84,14 +88,10 @@ class Saver:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        if self._error is not None:
+        if isinstance(self._error, OSError | SafetensorError):
             raise TrainingError(could_not_save(self._error, self._folder)) from self._error
-
-    def close(self) -> None:
-        """Return when all is written, and copied where copies are kept. Raises TrainingError."""
-        self.wait()
-        if self._mirror is not None:
-            self._mirror.wait()
+        if self._error is not None:
+            raise self._error
 
     def count_time(self, state: TrainState) -> None:
         """Add the time since the last count to what the training has cost."""
@@ -114,7 +114,7 @@ class Saver:
     def _write(self, write: Write, snapshot: Snapshot, state: TrainState) -> None:
         try:
             write(snapshot, state)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # raised in the training thread, which must not take the state for written
             self._error = error
 
 

@@ -27,6 +27,7 @@ from fmcore.recipes.fields import Lora, Optimization, Source
 from fmcore.recipes.stages import ContinueRecipe, FinetuneRecipe, PretrainRecipe, StageRecipe
 from fmcore.tokens.order import Pool, slots_for
 from fmcore.tokens.samples import num_windows
+from fmcore.training.metrics import ATTEMPTS
 from fmcore.training.metrics import FILE_NAME as METRICS
 from fmcore.training.running import run_with_retries
 from fmcore.training.schedule import Schedule
@@ -113,6 +114,12 @@ def train_checkpoint(
         used = utilization(shards, spec.seq_len)
         if shards.form == "records":
             on_line(f"records, packed whole, fill {used:.1%} of their rows of {spec.seq_len} tokens")
+            for source, refused in shards.counts["refused"].items():
+                if refused["too_long"]:
+                    on_line(
+                        f"WARNING: {source}: {refused['too_long']:,} records are longer than {spec.seq_len} tokens and "
+                        f"left out, for none is cut; set train.seq_len higher to train on them"
+                    )
         write_json(building.path / "spec.json", spec.model_dump(mode="json"))
         with watch(building.path / METRICS, spec) as on_poll:
             run_with_retries(building, recipe.execution, on_line, on_poll)
@@ -167,7 +174,7 @@ def utilization(shards: TokenShards, seq_len: int) -> float:
 def _collect(folder: Path, spec: TrainSpec, used: float) -> Fields:
     summary = read_json(folder / "summary.json")
     summary["figures"]["utilization"] = min(1.0, used)
-    for name in ("latest", "heartbeat", "summary.json", ERROR, STOPPED, LAYOUT):
+    for name in ("latest", "heartbeat", "summary.json", ATTEMPTS, ERROR, STOPPED, LAYOUT):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     counts = {"steps": summary["num_steps"], "tokens": summary["num_tokens"], "samples": spec.num_samples}

@@ -60,6 +60,8 @@ def test_named_modules_and_a_wrong_name(base: Weights) -> None:
     assert {n.split(".")[-4] for n, p in model.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
     with pytest.raises(RecipeError, match=r"lora\.target_modules"):
         add_lora(open_model(base), Lora(target_modules="nowhere"))
+    with pytest.raises(RecipeError, match=r"lora\.target_modules: lm_head, the output head, cannot have an adapter"):
+        add_lora(open_model(base), Lora(target_modules="q_proj,lm_head"))
 
 
 def test_the_base_is_bitwise_the_same_with_the_adapter_off(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:

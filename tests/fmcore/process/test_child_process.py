@@ -57,6 +57,7 @@ def test_lines_are_handed_on_and_kept(child: Any, tmp_path: Path) -> None:
     [
         ("sys.exit(75)", Interrupted, "resume"),
         ("(folder / 'error.txt').write_text('no such field'); sys.exit(2)", TrainingRefused, "no such field"),
+        ("sys.exit(2)", TrainingRefused, r"could not write why in .* MB are free. Free some space"),
         ("print('last words', flush=True); sys.exit(1)", TrainingError, "last words"),
         ("os.kill(os.getpid(), 9)", TrainingError, "SIGKILL"),
     ],

@@ -1,6 +1,7 @@
 """The order of the data is a pure function: every sample once an epoch, shares as weighted, any number of ranks."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -171,3 +172,16 @@ def test_slots_for_is_the_fewest(one: Order, num_samples: int, data: st.DataObje
 
 def test_no_sample_takes_no_slot() -> None:
     assert slots_for((Pool(1, 10), Pool(1, 10)), 0, 0) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(one=ORDERS, left_out=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), min_size=1, max_size=4))
+def test_what_is_left_out_is_skipped_and_the_rest_keeps_its_order(one: Order, left_out: list[tuple[int, int]]) -> None:
+    """Windows that come one after the other, each in the numbers that steps have by then, over those before too."""
+    one = replace(one, num_samples=40 * one.batch_samples)
+    num_slots = one.num_samples + sum(count for _, count in left_out) * one.batch_samples
+    expected = pairs(one.slots(np.arange(num_slots)))
+    for first, count in left_out:
+        one = one.without(first, first + count)
+        del expected[first * one.batch_samples : (first + count) * one.batch_samples]
+        assert pairs(one.slots(np.arange(len(expected)))) == expected

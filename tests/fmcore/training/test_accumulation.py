@@ -96,3 +96,13 @@ def test_step_seeds_differ() -> None:
 def test_a_diverged_training_stops_with_advice(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
     with pytest.raises(Exception, match=r"lower train\.lr"):
         based.train(tiny.finetune(corpora["records"], train={"lr": 1e30, "grad_clip": 1e30}))
+
+
+def test_records_that_are_too_long_are_told_and_left_out(based: Any, tiny: Any, corpora: dict[str, Path]) -> None:
+    said: list[str] = []
+    recipe = tiny.finetune(corpora["records"], train={"seq_len": 32})
+    made = based.train(recipe, on_line=said.append)
+    refused = based.shards(recipe).counts["refused"]["kinds"]["too_long"]
+    assert 0 < refused < 90
+    assert f"WARNING: kinds: {refused} records are longer than 32 tokens and left out, for none is cut" in str(said)
+    assert made.figures["utilization"] <= 1

@@ -49,11 +49,12 @@ def test_peak_is_what_the_matrix_product_takes() -> None:
     assert 1e9 < measure_peak(torch.device("cpu")) < 1e14
 
 
-def test_shares_and_sums() -> None:
+def test_shares_and_sums(tmp_path: Path) -> None:
     state = initial_state(threads=1, micro_batch=1)
     state.tokens, state.seconds = 1000, 8.0
     state.effort.wall_s, state.effort.data_wait_s, state.effort.save_stall_s, state.effort.saves = 9.0, 0.1, 0.05, 3
-    count_restart(state, [{"step": 5, "tokens_per_sec": 200.0}, {"step": 6, "tokens_per_sec": 200.0}], batch_tokens=100)
+    lost = [{"step": 5, "tokens_per_sec": 200.0}, {"step": 6, "tokens_per_sec": 200.0}]
+    count_restart(state, tmp_path / "attempts.jsonl", lost, batch_tokens=100)
     reached = figures(state, flops=10.0, peak=2500.0, device=torch.device("cpu"))
     assert reached["mean_tokens_per_sec"] == 125
     assert reached["mfu"] == 0.5
@@ -61,6 +62,17 @@ def test_shares_and_sums() -> None:
     assert (reached["restarts"], reached["lost_steps"], reached["saves"]) == (1, 2, 3)
     assert reached["peak_memory_mb"] > 100
     assert in_words(reached).startswith("125 tokens/s, MFU 50.0% of 0 GFLOP/s")
+
+
+def test_attempts_that_ended_before_they_saved_are_counted(tmp_path: Path) -> None:
+    """Three begin from the same state; the last one saves, and a fourth goes on from there."""
+    attempts, lost = tmp_path / "attempts.jsonl", [{"step": 5, "tokens_per_sec": 200.0}]
+    for number in range(1, 4):
+        state = initial_state(threads=1, micro_batch=1)
+        count_restart(state, attempts, lost * number, batch_tokens=100)
+    for expected in ((3, 6, 3.0), (4, 7, 3.5)):
+        assert (state.effort.restarts, state.effort.lost_steps, state.effort.wall_s) == expected
+        count_restart(state, attempts, lost, batch_tokens=100)
 
 
 @pytest.mark.usefixtures("inline")

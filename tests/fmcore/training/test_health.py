@@ -20,6 +20,7 @@ from fmcore.process.launch import TrainingRefused
 from fmcore.training import loop, loss
 from fmcore.training.batches import Batches
 from fmcore.training.health import MIN_STEPS, WINDOW, Health
+from fmcore.training.spec import TrainSpec
 
 # ---- what is found
 
@@ -170,6 +171,30 @@ def test_trouble_goes_back_and_leaves_the_data_out(
     assert len(calls) == 40 + 16
     counted = {name: made.figures[name] for name in ("skipped_steps", "lost_steps", "rollbacks", "restarts")}
     assert counted == {"skipped_steps": 0, "lost_steps": 16, "rollbacks": 1, "restarts": 0}
+
+
+@pytest.mark.usefixtures("inline")
+def test_what_was_left_out_is_not_seen(fresh_home: Any, tiny: Any, corpora: dict[str, Path], losses: Any) -> None:
+    recipe = tiny.pretrain(corpora["old"], train={"tokens": 3 * 256})  # with what is left out less than an epoch
+    losses(lambda call: math.nan if call in (1, 2) else 1.0)
+    made = fresh_home.train(recipe)
+    assert made.figures["rollbacks"] == 1
+    batches = Batches(fresh_home.spec(recipe), pad_id=2)
+    [(source, disturbed)] = batches.seen_samples(3)
+    batches.order = batches.order.without(0, 3)
+    [(_, seen)] = batches.seen_samples(3)
+    assert not set(seen) & set(batches_of(fresh_home.spec(recipe), range(3)))
+    assert set(seen) != set(disturbed)
+    [path] = (made.path / "seen" / "final").glob("*.bin")
+    assert np.fromfile(path, dtype=np.uint32).tolist() == seen.tolist()
+    ids = {bytes(row) for row in Ledger(made.ledger("final")).ids}
+    assert ids == {bytes(row) for row in source.samples.stream.ids[source.samples.documents(seen)]}
+
+
+def batches_of(spec: TrainSpec, steps: range) -> list[int]:
+    """The numbers of the samples in some steps of the undisturbed order."""
+    [(_, numbers)] = Batches(spec, pad_id=2).seen_samples(len(steps))
+    return numbers.tolist()
 
 
 @pytest.mark.usefixtures("inline")

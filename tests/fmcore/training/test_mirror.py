@@ -127,9 +127,85 @@ def test_an_address_that_fails_is_warned_about_once_and_tried_again(
     monkeypatch.setattr(Mirror, "push", failing)
     for _ in range(4):
         copies.push_soon()
-        copies.wait()
+        copies.close(finish=True)
     assert capsys.readouterr().out.count("is not copied") == 1
     assert "latest/pointer.json" in names(str(tmp_path / "mirror"))
+
+
+def test_the_newest_and_its_pointer_are_there_before_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a line that is slower than saves come, the copy can be used all the same."""
+    here, there, address = tmp_path / "here", tmp_path / "there", str(tmp_path / "mirror")
+    for step in (1, 2):
+        save(here, step)
+    filesystem, root = mirror._open(address)
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_open", lambda address: (Dying(filesystem, 6), root))  # three files, manifest, metrics
+        with pytest.raises(OSError, match="the line is dead"):
+            Mirror(address, here).push()
+    there.mkdir()
+    assert Mirror(address, there).pull()
+    loaded = load_latest(there / "latest", trainee(99))
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def test_a_state_that_is_copied_is_not_dropped_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there, address = tmp_path / "here", tmp_path / "there", str(tmp_path / "mirror")
+    for step in (1, 2):
+        save(here, step)
+    filesystem, root = mirror._open(address)
+    copies = Mirror(address, here)
+
+    class Slow:
+        """While a file is sent, two more states are saved."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "put_file":
+                for step in (3, 4):
+                    state = initial_state(1, 1).model_copy(update={"step": step})
+                    write_latest(here / "latest", trainee(step).snapshot(), state, 1000, held=copies.held_states)
+            return getattr(filesystem, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_open", lambda address: (Slow(), root))
+        copies.push()
+    there.mkdir()
+    assert Mirror(address, there).pull()
+    loaded = load_latest(there / "latest", trainee(99))
+    assert loaded is not None
+    assert loaded.step == 2
+    assert not copies.held_states()
+
+
+def test_what_is_done_waits_for_no_more_than_the_file_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, address = tmp_path / "here", str(tmp_path / "mirror")
+    save(here, 1)
+    filesystem, root = mirror._open(address)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            if name == "put_file":
+                begun.set()
+                assert go_on.wait(60)
+            return getattr(filesystem, name)
+
+    monkeypatch.setattr(mirror, "_open", lambda address: (Slow(), root))
+    copies = Mirror(address, here)
+    copies.push_soon()
+    assert begun.wait(60)
+    threading.Timer(0.2, go_on.set).start()
+    copies.close(finish=False)
+    assert names_below(tmp_path / "mirror") == {"latest/step-00000001/model.safetensors"}
+    assert not capsys.readouterr().out
+
+
+def names_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_address_that_cannot_be_looked_at_stops_before_anything_is_trained_anew(tmp_path: Path) -> None:

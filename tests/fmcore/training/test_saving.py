@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fmcore.errors import TrainingError
-from fmcore.training import saving
+from fmcore.training import checkpoint, saving
 from fmcore.training.checkpoint import Snapshot, Trainee, TrainState, damage, initial_state, load_latest
+from fmcore.training.child import drop_damaged
 from fmcore.training.optimizer import make_adamw
 from fmcore.training.saving import Saver
 
@@ -86,6 +87,40 @@ def test_stable_is_written_beside(tmp_path: Path, trainee: Trainee) -> None:
     saver.save_stable(state(5))
     saver.wait()
     assert damage(tmp_path / "stable") is None
+    drop_damaged(tmp_path / "stable")
+    assert damage(tmp_path / "stable") is None
+
+
+def test_a_stable_state_is_read_back_when_it_is_written_and_before_it_is_sealed(
+    tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver = Saver(tmp_path, trainee, 10)
+    saver.save_stable(state(5))
+    saver.wait()
+    path = tmp_path / "stable" / "optimizer.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    drop_damaged(tmp_path / "stable")
+    assert "WARNING: the stable state was damaged" in capsys.readouterr().out
+    assert not (tmp_path / "stable").exists()
+
+    monkeypatch.setattr(checkpoint, "damage", lambda folder, digest: "a bad disk")
+    saver.save_stable(state(5))
+    with pytest.raises(TrainingError, match="does not read back: a bad disk"):
+        saver.wait()
+
+
+def test_whatever_stops_a_write_is_raised_in_the_training_thread(
+    tmp_path: Path, trainee: Trainee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> None:
+        raise KeyError("a driver's own")
+
+    monkeypatch.setattr(saving, "write_latest", broken)
+    saver = Saver(tmp_path, trainee, 10)
+    saver.save_latest(state(1))
+    with pytest.raises(KeyError, match="a driver's own"):
+        saver.wait()
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "free some space"), (errno.EIO, "see to it")])

@@ -1,9 +1,11 @@
 """The training state on disk: exact, verified, two kept, no pickle."""
 
+import itertools
 import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from fmcore.training.checkpoint import (
     write_latest,
     write_state,
 )
+from fmcore.training.health import Health
 from fmcore.training.optimizer import make_adamw
 
 ANCHOR = 10
@@ -107,6 +110,49 @@ def test_anchors_are_kept_too_and_the_last_but_one_is_gone_back_to(tmp_path: Pat
     assert load_anchor(tmp_path / "nowhere", other, ANCHOR) is None
 
 
+def gone_back(step: int, rollbacks: int) -> TrainState:
+    return state(step).model_copy(update={"health": Health(rollbacks=rollbacks)})
+
+
+def test_a_state_after_going_back_takes_the_place_of_the_one_gone_back_to(tmp_path: Path) -> None:
+    saved(tmp_path, 0, 10, 20)
+    other = trainee(99)
+    assert load_anchor(tmp_path, other, ANCHOR) == state(10)
+    save_latest(tmp_path, other, gone_back(10, 1), ANCHOR)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000010-1"]
+    save_latest(tmp_path, trainee(20), gone_back(20, 1), ANCHOR)
+    assert load_latest(tmp_path, other) == gone_back(20, 1)
+    assert load_anchor(tmp_path, other, ANCHOR) == gone_back(10, 1)
+    save_latest(tmp_path, other, gone_back(10, 2), ANCHOR)
+    assert load_latest(tmp_path, other) == gone_back(10, 2)
+
+
+def test_what_was_passed_over_as_damaged_is_dropped_and_not_a_whole_one(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "step-00000009.tmp").mkdir()  # of a save that was killed
+    assert load_latest(tmp_path, trainee()) == state(1)
+    save_latest(tmp_path, trainee(1), state(1).model_copy(update={"step": 1, "tokens": 3}), ANCHOR)
+    saved(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pointer.json", "step-00000001", "step-00000003"]
+
+
+def test_what_somebody_reads_is_dropped_another_time(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    write_latest(tmp_path, trainee(3).snapshot(), state(3), ANCHOR, held=lambda: {"step-00000001"})
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == [f"step-0000000{step}" for step in (1, 2, 3)]
+    saved(tmp_path, 4)
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-00000003", "step-00000004"]
+
+
+def test_going_back_leaves_alone_how_this_attempt_runs() -> None:
+    now, then = state(20), state(10)
+    now.processes, now.compiled, now.effort.saves = 1, True, 5
+    then.processes, then.compiled = 2, False
+    now.become(then)
+    assert (now.step, now.processes, now.compiled, now.effort.saves) == (10, 1, True, 5)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
 def test_a_damaged_newest_falls_back_with_a_warning(
@@ -189,8 +235,8 @@ def test_an_overwritten_state_is_never_half_of_each(tmp_path: Path) -> None:
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate")
 
 
-def save_and_die(latest: Path, step: int, at: int) -> bool:
-    """Save in a forked process that ends at its `at`-th operation on a file; whether it got there."""
+def die_in(latest: Path, at: int, work: Callable[[], object]) -> bool:
+    """Work in a forked process that ends at its `at`-th operation on a file; whether it got there."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -203,9 +249,8 @@ def save_and_die(latest: Path, step: int, at: int) -> bool:
             if left == 0:
                 os._exit(9)
 
-    subject = trainee(step)
     sys.addaudithook(count)  # cannot be taken off again: hence the process
-    save_latest(latest, subject, state(step), ANCHOR)
+    work()
     os._exit(0)
 
 
@@ -216,7 +261,8 @@ def test_a_crash_at_any_operation_on_files_leaves_a_state_to_load(tmp_path: Path
         at = 1
         while True:
             latest = saved(tmp_path / f"{step}-{at}", *range(1, step))
-            if not save_and_die(latest, step, at):
+            new = trainee(step)
+            if not die_in(latest, at, lambda: save_latest(latest, new, state(step), ANCHOR)):  # noqa: B023
                 break
             other = trainee(99)
             loaded = load_latest(latest, other)
@@ -228,6 +274,29 @@ def test_a_crash_at_any_operation_on_files_leaves_a_state_to_load(tmp_path: Path
         crashes += at - 1
         assert load_latest(latest, trainee()) == state(step)
     assert crashes > 30
+
+
+def test_a_crash_at_any_operation_on_files_while_going_back_leaves_a_state_to_load(tmp_path: Path) -> None:
+    """Two anchors and a later state; training goes back to the first, and saves there what it leaves out."""
+    for at in itertools.count(1):
+        latest = saved(tmp_path / str(at), 0, 10, 20, 21)
+        new = trainee(10)
+
+        def go_back() -> None:
+            load_anchor(latest, new, ANCHOR)  # noqa: B023
+            save_latest(latest, new, gone_back(10, 1), ANCHOR)  # noqa: B023
+
+        if not die_in(latest, at, go_back):
+            break
+        other = trainee(99)
+        loaded = load_latest(latest, other)
+        assert loaded in (state(21), state(20), state(10), gone_back(10, 1)), at
+        assert same(trainee(loaded.step), other)
+        again = load_anchor(latest, other, ANCHOR)  # what the crash left is no obstacle
+        assert again in (state(10), gone_back(10, 1))
+        save_latest(latest, other, gone_back(10, 1), ANCHOR)
+        assert load_latest(latest, other) == gone_back(10, 1)
+    assert at > 30
 
 
 def test_one_byte_changed_in_any_file_is_found(tmp_path: Path) -> None:
