@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,15 @@ def test_a_process_that_dies_is_one_error(corpus: Path, tmp_path: Path) -> None:
     assert [p.name for p in artifacts.iterdir() if p.name != ".locks"] == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell has what it runs in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_them(corpus: Path, tmp_path: Path) -> None:
     def interrupt() -> None:
         soon(children)

@@ -1,6 +1,7 @@
-"""Loss curves of the three stages against tests/golden/*.json, relative tolerance 1e-5.
+"""Loss curves of the three stages against tests/golden/*.json, relative tolerance 1e-5; gradient norms 1e-4.
 
-The texts are made by arithmetic, on one thread; what may differ between machines are the last bits of sums.
+The texts are made by arithmetic, on one thread; what may differ between machines are the last bits of sums, which
+gradient norms, a sum of squares over all weights, show first: up to 2.2e-5 was seen between two kinds of CPUs.
 After a change that is meant to alter training, write them anew and say why in the commit:
 
     pytest tests/fmcore/training/test_golden.py --regenerate-golden
@@ -15,7 +16,7 @@ import pytest
 from fmcore.training.metrics import read_metrics
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-TOLERANCE = 1e-5
+TOLERANCE = {"loss": 1e-5, "lr": 1e-5, "grad_norm": 1e-4}
 pytestmark = pytest.mark.usefixtures("inline")
 
 
@@ -30,11 +31,10 @@ def compare(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
     golden = json.loads(path.read_text())
     assert len(rows) == len(golden)
     for row, want in zip(rows, golden, strict=True):
-        exact, close = ("step", "tokens", "sources"), ("loss", "lr", "grad_norm")
+        exact = ("step", "tokens", "sources")
         assert {key: row[key] for key in exact} == {key: want[key] for key in exact}
-        assert {key: row[key] for key in close} == pytest.approx({key: want[key] for key in close}, rel=TOLERANCE), (
-            f"{name}, step {row['step']}"
-        )
+        for key, tolerance in TOLERANCE.items():
+            assert row[key] == pytest.approx(want[key], rel=tolerance), f"{name}, step {row['step']}, {key}"
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
