@@ -53,12 +53,16 @@ def write_json(path: Path, value: Any) -> None:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(as_json(value))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_path(path.parent)
+
+
+def as_json(value: Any) -> str:
+    """The text of a JSON file of ours."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -146,4 +146,8 @@ def resume_note(steps: StageSteps, store: Store) -> str:
     pointer = partial.with_name(partial.name + ".partial") / "latest" / "pointer.json"
     if not pointer.exists():
         return ""
-    return f"resumes after step {int(read_json(pointer)['folder'].removeprefix('step-')):,}"
+    try:
+        step = int(read_json(pointer)["folder"].split("-")[1])  # step-00000123, after going back step-00000123-1
+    except (ValueError, LookupError, TypeError, AttributeError):  # damaged, which training does without
+        return "resumes from its newest state that is whole"
+    return f"resumes after step {step:,}"

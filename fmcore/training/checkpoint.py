@@ -5,7 +5,7 @@ latest/step-00000123/  model.safetensors, optimizer.safetensors, state.json, man
                        safetensors writer: what each holds of the parameters says its header. Any number of
                        processes reads them
                        after going back: step-00000123-1, so that no state is ever replaced by another
-latest/pointer.json    which of the kept ones to resume from, and the sha256 of each one's manifest
+latest/pointer.json    which of the kept ones to resume from, the sha256 of each one's manifest, and its own
 
 Kept are the last two, and the last two anchors, which training goes back to when it goes wrong.
 
@@ -29,7 +29,16 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_into
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fmcore.artifacts.files import fsync_path, fsync_tree, read_json, sha256_file, write_json
+from fmcore.artifacts.files import (
+    as_json,
+    canonical_json,
+    fsync_path,
+    fsync_tree,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_json,
+)
 from fmcore.artifacts.store import package_versions
 from fmcore.training.health import Health
 from fmcore.training.optimizer import empty_state, load_state, state_tensors
@@ -255,7 +264,8 @@ def _point_at(folder: Path, digest: str, anchor_steps: int, held: Callable[[], C
     # of later steps are those that were damaged, of the same step is the one that was gone back to
     whole = [folder, *(p for p in _newest_first(latest) if p.name in known and _place(p)[0] < _place(folder)[0])]
     kept = {path.name for path in (*whole[:KEPT], *[p for p in whole if is_anchor(p, anchor_steps)][:KEPT])}
-    write_json(latest / POINTER, {"folder": folder.name, "manifests": {name: known[name] for name in sorted(kept)}})
+    pointer = {"folder": folder.name, "manifests": {name: known[name] for name in sorted(kept)}}
+    write_json(latest / POINTER, {**pointer, "sha256": sha256_text(canonical_json(pointer))})
     for old in latest.glob("step-*"):  # half-written ones too, of attempts that were killed
         if old.name not in kept and old.name not in held():
             shutil.rmtree(old)
@@ -295,10 +305,13 @@ def is_anchor(folder: Path, anchor_steps: int) -> bool:
 def _pointer(latest: Path) -> dict[str, Any]:
     """What the pointer says; nothing where it is missing or damaged."""
     try:
-        pointer = read_json(latest / POINTER)
-    except (OSError, ValueError):
+        text = (latest / POINTER).read_text(encoding="utf-8")
+        pointer = json.loads(text)
+        digest = pointer.pop("sha256")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return {}
-    return pointer if isinstance(pointer, dict) else {}
+    same = digest == sha256_text(canonical_json(pointer)) and text == as_json({**pointer, "sha256": digest})
+    return dict(pointer) if same else {}
 
 
 def _manifests(latest: Path) -> dict[str, str]:

@@ -141,8 +141,13 @@ def test_fresh_forgets_the_partial_training(based: Any, tiny: Any, corpora: dict
     partial = based.store.path_for(based.resolve(recipe).steps.checkpoint)
     partial = partial.with_name(partial.name + ".partial")
     (partial / "latest").mkdir(parents=True)
-    (partial / "latest" / "pointer.json").write_text('{"folder": "step-00000123"}')
-    assert resume_note(based.resolve(recipe).steps, based.store) == "resumes after step 123"
+    for text, note in (
+        ('{"folder": "step-00000123"}', "resumes after step 123"),
+        ('{"folder": "step-00000123-2"}', "resumes after step 123"),
+        ('{"folder": ', "resumes from its newest state that is whole"),
+    ):
+        (partial / "latest" / "pointer.json").write_text(text)
+        assert resume_note(based.resolve(recipe).steps, based.store) == note
     based.resolve(recipe, fresh=True)
     assert not partial.exists()
     assert resume_note(based.resolve(recipe).steps, based.store) == ""

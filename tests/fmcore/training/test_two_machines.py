@@ -99,7 +99,10 @@ def test_two_agents_meet_train_as_one_and_stop_together(prepared: Case, tmp_path
 
 @pytest.fixture
 def machines() -> Iterator[tuple[list[str], list[str]]]:
-    """How to run a command on either of two machines: network namespaces with a link between them."""
+    """How to run a command on either of two machines: network namespaces with a link between them.
+
+    torch sorts addresses as texts, so that the second machine's process is the first of the two.
+    """
     program = shutil.which("ip")
     if os.geteuid() != 0 or program is None:
         pytest.skip("two network namespaces need root and the program ip (iproute2)")
@@ -126,7 +129,7 @@ def machines() -> Iterator[tuple[list[str], list[str]]]:
                 "netns",
                 names[1],
             )
-            for name, side, last in zip(names, "ab", (1, 2), strict=True):
+            for name, side, last in zip(names, "ab", (9, 10), strict=True):
                 ip("-n", name, "addr", "add", f"10.77.0.{last}/24", "dev", f"strata-{side}")
                 ip("-n", name, "link", "set", "lo", "up")
                 ip("-n", name, "link", "set", f"strata-{side}", "up")
@@ -147,7 +150,7 @@ def test_a_cut_link_is_survived(
     prepared: Case, tmp_path: Path, alone: list[float], machines: tuple[list[str], list[str]]
 ) -> None:
     first, second = machines
-    case = copy_of(prepared, tmp_path, processes=1, nodes=2, rendezvous="10.77.0.1:29411", hang_timeout_s=15, retries=5)
+    case = copy_of(prepared, tmp_path, processes=1, nodes=2, rendezvous="10.77.0.9:29411", hang_timeout_s=15, retries=5)
     log, other_log = tmp_path / "log", tmp_path / "other"
     driver, other = driver_on(case, log, first), join_on(case, other_log, second)
     try:
@@ -166,4 +169,5 @@ def test_a_cut_link_is_survived(
     assert_alike(losses(result(case)), alone)
     assert "attempt 1 failed" in log.read_text()
     assert "resuming after step" in log.read_text()
+    assert "tokens/s, MFU" in log.read_text(), "what is said is said where the training was begun"
     assert "joining again" in other_log.read_text()
