@@ -17,13 +17,13 @@ from fmcore.artifacts.files import read_json, write_json
 from fmcore.model.adapters import add_lora
 from fmcore.model.build import fresh_model
 from fmcore.process.guard import run_main
-from fmcore.training.checkpoint import Trainee
 from fmcore.training.child import prepare_torch
 from fmcore.training.figures import flops_per_token, measure_peak, peak_memory
 from fmcore.training.layers import decoder_layers
 from fmcore.training.loss import Micro, StepModel, labelled
 from fmcore.training.optimizer import make_optimizers
 from fmcore.training.parallel import PRECISIONS, Processes, pick_device
+from fmcore.training.trainee import Trainee
 from fmcore.training.workload import Timing, Workload
 
 RESULT = "result.json"

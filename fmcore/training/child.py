@@ -24,7 +24,7 @@ from fmcore.process.guard import Heartbeat, Stop, run_main
 from fmcore.process.machine import machine_name
 from fmcore.tokens.bpe import load_tokenizer
 from fmcore.training.batches import Batches
-from fmcore.training.checkpoint import Trainee, TrainState, damage, initial_state, load_latest, peek_latest
+from fmcore.training.checkpoint import TrainState, damage, initial_state, load_latest, peek_latest
 from fmcore.training.figures import FORMULA, count_restart, figures, flops_per_token, in_words, measure_peak
 from fmcore.training.health import anchor_interval
 from fmcore.training.layers import compile_layers, decoder_layers, layers_to_recompute, pays_to_compile, recompute
@@ -37,6 +37,7 @@ from fmcore.training.optimizer import make_optimizers
 from fmcore.training.parallel import PRECISIONS, Processes
 from fmcore.training.saving import Saver, could_not_save
 from fmcore.training.spec import TrainSpec
+from fmcore.training.trainee import Trainee
 from fmcore.training.workload import MICRO_TOKENS
 
 

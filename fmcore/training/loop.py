@@ -13,7 +13,7 @@ from fmcore.errors import TrainingError
 from fmcore.model.attention import document_boundaries
 from fmcore.process.guard import Heartbeat, Stop
 from fmcore.training.batches import Batch, Batches
-from fmcore.training.checkpoint import Trainee, TrainState
+from fmcore.training.checkpoint import TrainState
 from fmcore.training.health import MAX_ROLLBACKS, Expectation
 from fmcore.training.loss import Micro, StepModel, labelled
 from fmcore.training.metrics import MetricsLog
@@ -21,6 +21,7 @@ from fmcore.training.optimizer import step_unless
 from fmcore.training.parallel import OnTheWay, Processes
 from fmcore.training.saving import Saver
 from fmcore.training.spec import TrainSpec
+from fmcore.training.trainee import Trainee
 
 SMOOTHING = 0.95  # of the loss that progress shows
 

@@ -10,8 +10,6 @@ from safetensors import SafetensorError
 
 from fmcore.errors import TrainingError
 from fmcore.training.checkpoint import (
-    Snapshot,
-    Trainee,
     TrainState,
     check_written,
     load_anchor,
@@ -20,6 +18,7 @@ from fmcore.training.checkpoint import (
 )
 from fmcore.training.mirror import Mirror
 from fmcore.training.parallel import ALONE, Processes
+from fmcore.training.trainee import Snapshot, Trainee
 
 Write = Callable[[Snapshot, TrainState], object]
 

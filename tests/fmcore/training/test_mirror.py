@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from fmcore.errors import TrainingError
 from fmcore.training import loop, mirror
-from fmcore.training.checkpoint import Trainee, damage, initial_state, load_latest, write_latest, write_state
+from fmcore.training.checkpoint import damage, initial_state, load_latest, write_latest, write_state
 from fmcore.training.mirror import Mirror
 from fmcore.training.optimizer import make_adamw
+from fmcore.training.trainee import Trainee
 
 
 def trainee(seed: int = 0) -> Trainee:

@@ -216,7 +216,8 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 import torch
-from fmcore.training.checkpoint import Snapshot, initial_state, write_latest
+from fmcore.training.checkpoint import initial_state, write_latest
+from fmcore.training.trainee import Snapshot
 from fmcore.training.parallel import Processes
 
 folder = Path(sys.argv[1])

@@ -10,10 +10,11 @@ import torch
 
 from fmcore.errors import TrainingError
 from fmcore.training import checkpoint, saving
-from fmcore.training.checkpoint import Snapshot, Trainee, TrainState, damage, initial_state, load_latest
+from fmcore.training.checkpoint import TrainState, damage, initial_state, load_latest
 from fmcore.training.child import drop_damaged
 from fmcore.training.optimizer import make_adamw
 from fmcore.training.saving import Saver
+from fmcore.training.trainee import Snapshot, Trainee
 
 
 @pytest.fixture

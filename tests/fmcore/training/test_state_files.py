@@ -14,7 +14,6 @@ import torch
 from fmcore.artifacts.files import sha256_file
 from fmcore.training import checkpoint as checkpoint_module
 from fmcore.training.checkpoint import (
-    Trainee,
     TrainState,
     damage,
     initial_state,
@@ -26,6 +25,7 @@ from fmcore.training.checkpoint import (
 )
 from fmcore.training.health import Health
 from fmcore.training.optimizer import make_adamw
+from fmcore.training.trainee import Trainee
 
 ANCHOR = 10
 
