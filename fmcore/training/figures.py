@@ -4,7 +4,6 @@ MFU (model FLOPs utilization, PaLM, arXiv 2204.02311, appendix B) is the FLOPs t
 recomputed, over those of a matrix product on this device in the same time.
 """
 
-import json
 import resource
 import sys
 import time
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from fmcore.artifacts.files import read_json, write_json
 from fmcore.training.checkpoint import TrainState
-from fmcore.training.metrics import read_metrics
 
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
 PEAK_REPEATS = 8
@@ -50,15 +49,15 @@ def flops_per_token(model: torch.nn.Module, config: PretrainedConfig, seq_len: i
 def count_restart(state: TrainState, attempts: Path, lost: list[dict[str, Any]], batch_tokens: int) -> None:
     """Note that training goes on after an attempt that ended; lost: the rows of steps it has to do again.
 
-    attempts: a file with a line for each attempt after the first, for one that ends before it has saved anything is
-    not in the state that the next one begins with.
+    attempts: a file about each attempt after the first, for one that ends before it has saved anything is not in the
+    state that the next one begins with.
     """
     effort = state.effort
     seconds = sum(batch_tokens / row["tokens_per_sec"] for row in lost)
-    unsaved = [row for row in read_metrics(attempts) if row["restart"] > effort.restarts]
+    before = read_json(attempts) if attempts.exists() else []
+    unsaved = [row for row in before if row["restart"] > effort.restarts]
     this = {"restart": effort.restarts + len(unsaved) + 1, "lost_steps": len(lost), "lost_s": seconds}
-    with attempts.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(this) + "\n")
+    write_json(attempts, [*before, this])
     for row in (*unsaved, this):
         effort.restarts += 1
         effort.lost_steps += row["lost_steps"]

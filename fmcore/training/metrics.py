@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 FILE_NAME = "metrics.jsonl"
-ATTEMPTS = "attempts.jsonl"  # beside it while training is not done: what each attempt after the first had lost
+ATTEMPTS = "attempts.json"  # beside it while training is not done: what each attempt after the first had lost
 
 
 class MetricsLog:
@@ -49,7 +49,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows, of any file that is written so; a last line cut short by a crash is left out."""
+    """All complete rows; a last line cut short by a crash is left out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

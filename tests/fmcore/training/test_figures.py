@@ -54,7 +54,7 @@ def test_shares_and_sums(tmp_path: Path) -> None:
     state.tokens, state.seconds = 1000, 8.0
     state.effort.wall_s, state.effort.data_wait_s, state.effort.save_stall_s, state.effort.saves = 9.0, 0.1, 0.05, 3
     lost = [{"step": 5, "tokens_per_sec": 200.0}, {"step": 6, "tokens_per_sec": 200.0}]
-    count_restart(state, tmp_path / "attempts.jsonl", lost, batch_tokens=100)
+    count_restart(state, tmp_path / "attempts.json", lost, batch_tokens=100)
     reached = figures(state, flops=10.0, peak=2500.0, device=torch.device("cpu"))
     assert reached["mean_tokens_per_sec"] == 125
     assert reached["mfu"] == 0.5
@@ -66,7 +66,7 @@ def test_shares_and_sums(tmp_path: Path) -> None:
 
 def test_attempts_that_ended_before_they_saved_are_counted(tmp_path: Path) -> None:
     """Three begin from the same state; the last one saves, and a fourth goes on from there."""
-    attempts, lost = tmp_path / "attempts.jsonl", [{"step": 5, "tokens_per_sec": 200.0}]
+    attempts, lost = tmp_path / "attempts.json", [{"step": 5, "tokens_per_sec": 200.0}]
     for number in range(1, 4):
         state = initial_state(threads=1, micro_batch=1)
         count_restart(state, attempts, lost * number, batch_tokens=100)
